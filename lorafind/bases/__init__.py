@@ -1,0 +1,1 @@
+"""Bases: mean and principal components over a feature, in which LoRAs are compared."""

@@ -1,0 +1,132 @@
+"""``lorafind dupes``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorafind.cli.options import Session, command, targets
+from lorafind.cli.output import Column, Mode
+from lorafind.cli.watch import Watch
+
+if TYPE_CHECKING:
+    from lorafind.search.dupes import Group
+
+COLUMNS = (
+    Column("path", "File"),
+    Column("group", "Group", "d", "right"),
+    Column("grade", "Grade"),
+    Column("bytes", "Bytes", ",d", "right"),
+    Column("removable", "May go"),
+    Column("text", "How"),
+)
+
+
+@command
+def dupes(
+    session: Session,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Only groups with these files or folders, of which alone files may go; - for "
+            "stdin.",
+            metavar="PATH",
+            show_default=False,
+        ),
+    ] = None,
+    grade: Annotated[
+        str,
+        typer.Option(
+            help="Grades to show, with commas, or all: file, tensors, weights, cast, scaled, part, "
+            "resized, reweighted, near, kin. Default: all that are proved (not near and kin).",
+            show_default=False,
+        ),
+    ] = "",
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Which file stays among those that hold all that the others do: newest, oldest, "
+            "largest, smallest, highest-rank, shortest-path, or a pattern for paths."
+        ),
+    ] = "oldest",
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder whose files always stay (repeat it).", show_default=False),
+    ] = None,
+    others: Annotated[
+        bool,
+        typer.Option(
+            "--others",
+            help="Only the files that may go: proved to be held by the keeper. Grades file, "
+            "tensors and weights; cast, scaled, part and resized only if --grade names them.",
+        ),
+    ] = False,
+) -> int | None:
+    """The same LoRA under other names, spellings, dtypes, scales, ranks; nothing is changed.
+
+    Every group has one keeper; the grade of a file says what was proved about it and the keeper.
+    """
+    from lorafind.index.finish import finish, unfinished
+    from lorafind.index.store import Store
+    from lorafind.relations.grades import GRADES
+    from lorafind.search.dupes import PROVED, Choice
+    from lorafind.search.dupes import dupes as search
+
+    named = [word for word in grade.split(",") if word]
+    if wrong := [word for word in named if word not in (*GRADES, "all")]:
+        raise typer.BadParameter(f"{wrong[0]!r} is no grade; choose from {', '.join(GRADES)}, all")
+    within = targets(names or [])
+    choice = Choice(
+        GRADES if "all" in named else named or PROVED,
+        [word for word in named if word != "all"],
+        keep,
+        protect or (),
+        within,
+    )
+    with Store.open(session.db) as store:
+        late = unfinished(store)
+    if late:
+        with Store.open(session.db, "write") as store, Watch(session.sink) as watch:
+            finish(store, watch)
+    with Store.open(session.db) as store:
+        found = search(store, choice)
+        if others or session.sink.mode is Mode.PATHS:
+            rows: Iterator[dict[str, Any]] = _members(found)
+            if others:
+                rows = (row for row in rows if row["removable"])
+            session.sink.rows(COLUMNS, rows)
+        elif session.sink.mode in (Mode.JSON, Mode.JSONL):
+            session.sink.rows(COLUMNS, (group.to_json() for group in found))
+        else:
+            freed = 0
+
+            def counted() -> Iterator[Group]:
+                nonlocal freed
+                for group in found:
+                    freed += group.freed_bytes
+                    yield group
+
+            session.sink.rows(COLUMNS, _members(counted()))
+            if freed:
+                session.sink.note(
+                    f"{freed / 1e6:,.1f} MB could be freed; `lorafind dupes -0 --others` lists "
+                    "what may go."
+                )
+    return None
+
+
+def _members(groups: Iterator[Group]) -> Iterator[dict[str, Any]]:
+    """One row per file."""
+    for number, group in enumerate(groups, 1):
+        for row in group.to_json()["files"]:
+            words = [*row["steps"]]
+            words += [
+                f"{what}: {a} → {b}"
+                for what, (a, b) in row["differs"].items()
+                if what not in ("modules", "rank", "effective dtype") or not row["steps"]
+            ]
+            if row["stays"] and row["grade"] != "keeper":
+                words.append(f"stays: {row['stays']}")
+            yield {**row, "group": number, "keeper": group.keeper, "text": "; ".join(words)}

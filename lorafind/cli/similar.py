@@ -1,0 +1,90 @@
+"""``lorafind similar``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from lorafind.cli.errors import Code
+from lorafind.cli.options import Session, Targets, command, targets
+from lorafind.cli.output import Column
+
+COLUMNS = (
+    Column("path", "File"),
+    Column("score", "Score", ".3f", "right"),
+    Column("z", "z", ".1f", "right"),
+    Column("chance", "Chance", ".2g", "right"),
+    Column("relation", "Relation"),
+    Column("variants", "Variants", "d", "right"),
+)
+
+
+@command
+def similar(
+    session: Session,
+    names: Targets,
+    count: Annotated[int, typer.Option("-k", "--count", min=1, help="Neighbours per target.")] = 10,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Groups to compare by, with commas: self, cross, attn, ff, conv, other, unet, "
+            "text, all. Default: all of the U-Net or transformer."
+        ),
+    ] = "",
+    min_score: Annotated[
+        float | None, typer.Option(help="Leave out scores below this.", show_default=False)
+    ] = None,
+    min_z: Annotated[
+        float | None,
+        typer.Option(help="Leave out what is nearer to strangers than this.", show_default=False),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="One row for every LoRA, not one per family.")
+    ] = False,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="Only LoRAs that name the same base model.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Also read .pt, .bin and .ckpt targets.")
+    ] = False,
+) -> int | None:
+    """The LoRAs that are nearest in training effect, style and subject together.
+
+    Score: cosine of style in the collection's own basis, an estimate from the stored signatures.
+    z: distance from unrelated LoRAs of the same kind, in their standard deviations. Chance: how
+    many unrelated LoRAs of this collection would score as high. Relation: proved ones in words;
+    ~likely where the sketches suggest one. Variants: kin that are not shown (--all shows them).
+    """
+    from lorafind.files.outcome import NotAnAdapter
+    from lorafind.index.store import Store
+    from lorafind.search.query import ask
+    from lorafind.search.similar import Wishes
+    from lorafind.search.similar import similar as search
+
+    wishes = Wishes(count, [w for w in by.split(",") if w], min_score, min_z, every, same_base)
+    code = None
+    with Store.open(session.db) as store:
+
+        def rows() -> Iterator[dict[str, Any]]:
+            nonlocal code
+            for target in targets(names):
+                try:
+                    asked = ask(store, target, allow_pickle)
+                except NotAnAdapter as error:
+                    session.sink.warn(str(error))
+                    code = Code.PARTIAL
+                    continue
+                none = True
+                for neighbour in search(store, asked, wishes):
+                    none = False
+                    yield neighbour.to_json()
+                if none:
+                    session.sink.note(
+                        f"Nothing in the index can be compared with {asked.path} "
+                        f"({asked.query.architecture})."
+                    )
+
+        session.sink.rows(COLUMNS, rows())
+    return code

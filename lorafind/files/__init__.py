@@ -1,0 +1,1 @@
+"""From paths to checked bytes and tensors; knows nothing of LoRAs."""

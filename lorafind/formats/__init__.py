@@ -1,0 +1,1 @@
+"""From tensors to adapters: names, families, scales, architectures; knows nothing of SQLite."""

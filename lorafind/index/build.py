@@ -1,0 +1,295 @@
+"""``index``: from folders to an up-to-date index, read ahead of the arithmetic."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lorafind.files.scan import Found, ScanReport, probe, scan
+from lorafind.index.classes import series_of
+from lorafind.index.finish import finish
+from lorafind.index.progress import Progress, Silent
+from lorafind.index.reconcile import Decisions, Read, pruning, reconcile
+from lorafind.index.rows import FileFacts, LoraFacts
+from lorafind.index.store import Store
+from lorafind.signatures.constants import VERSION
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorafind.index.examine import Examined, Lora
+
+#: Bytes of file data in flight, all files together.
+BUDGET = 320 * 2**20
+#: A batch is committed after this many seconds.
+COMMIT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A file that is in the index with its reason instead of a signature."""
+
+    path: bytes
+    outcome: str
+    reason: str
+
+
+@dataclass
+class Summary:
+    """What one run of ``index`` did; the counts are paths.
+
+    refreshed: read again (changed, or by a newer version); moved: known content at a new path,
+    not read; linked: further paths to a file; offline: root or folder → why; held: roots of which
+    over half is gone, so that ``--prune`` left them alone → (gone, all).
+    """
+
+    added: int = 0
+    refreshed: int = 0
+    unchanged: int = 0
+    moved: int = 0
+    linked: int = 0
+    gone: int = 0
+    pruned: int = 0
+    refused: list[Refused] = field(default_factory=list)
+    known_refused: int = 0
+    passed: int = 0
+    unreachable: dict[bytes, str] = field(default_factory=dict)
+    offline: dict[bytes, str] = field(default_factory=dict)
+    held: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    relations: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+def build(
+    store: Store,
+    paths: Sequence[str | bytes | os.PathLike[str]] = (),
+    *,
+    device: str = "auto",
+    allow_pickle: bool = False,
+    prune: bool = False,
+    force_prune: bool = False,
+    relate: bool = True,
+    progress: Progress | None = None,
+) -> Summary:
+    """Bring the index up to date with the folders and files (all known roots for none).
+
+    device: see :func:`lorafind.signatures.device.choose`. prune: forget files that are gone (roots
+    of which over half is gone only with force_prune). relate: prove relations and fit bases now.
+    Raises IndexProblem; every finished file is kept whatever ends the run.
+    """
+    began = time.monotonic()
+    watch = progress or Silent()
+    targets = store.targets(paths)
+    report = ScanReport()
+    watch.stage("Looking for files", 0, 0)
+    found = list(scan(targets, report, allow_pickle))
+    known = store.known()
+    devices = {root.path: root.device for root in store.roots()}
+    decisions = reconcile(
+        known, found, report, targets, devices, VERSION, lambda item: probe(item.full)
+    )
+    store.apply(decisions, report)
+    summary = _counted(decisions, report)
+    _read_all(store, decisions.read, device, allow_pickle, watch, summary)
+    if prune:
+        rows = pruning(store.known(), force_prune)
+        store.remove_files(rows.remove)
+        summary.pruned, summary.held = len(rows.remove), rows.held
+    store.drop_orphans()
+    if relate:
+        summary.relations = finish(store, watch)
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+def _counted(decisions: Decisions, report: ScanReport) -> Summary:
+    summary = Summary(
+        unchanged=sum(row.status == "lora" for row in decisions.unchanged)
+        + sum(link.of.status == "lora" for link in decisions.refreshed),
+        moved=len(decisions.moved),
+        linked=len(decisions.linked),
+        gone=len(decisions.gone),
+        passed=len(report.passed),
+        unreachable=dict(report.unreachable),
+        offline={**decisions.roots, **{row.root: why for row, why in decisions.offline}},
+    )
+    summary.refused = [Refused(item.full, item.outcome, item.reason) for item in decisions.refused]
+    for row in (*decisions.unchanged, *(link.of for link in decisions.refreshed)):
+        if row.status != "lora":
+            path = Found(row.root, row.path, 0, 0, 0, 0, 0).full
+            summary.refused.append(Refused(path, row.status, row.reason))
+            summary.known_refused += 1
+    return summary
+
+
+def _read_all(
+    store: Store,
+    reads: list[Read],
+    device: str,
+    allow_pickle: bool,
+    watch: Progress,
+    summary: Summary,
+) -> None:
+    """Read, sketch and store; one transaction a second."""
+    if not reads:
+        return
+    # Torch takes a second to import: a run without anything to read does without it.
+    from lorafind.signatures.device import choose
+
+    watch.stage("Reading", len(reads), sum(read.found.size for read in reads))
+    contents = store.contents(VERSION)
+    reasons = {read.found: read.why for read in reads}
+    with _workers(reads, choose(device), allow_pickle, contents.__contains__) as results:
+        waiting: list[Examined] = []
+        deadline = time.monotonic() + COMMIT_SECONDS
+        for done in results:
+            waiting.append(done)
+            if time.monotonic() > deadline:
+                _write(store, waiting, contents, reasons, watch, summary)
+                waiting, deadline = [], time.monotonic() + COMMIT_SECONDS
+        _write(store, waiting, contents, reasons, watch, summary)
+
+
+def _write(
+    store: Store,
+    waiting: list[Examined],
+    contents: dict[str, int],
+    reasons: dict[Found, str],
+    watch: Progress,
+    summary: Summary,
+) -> None:
+    if not waiting:
+        return
+    fresh: dict[str, int] = {}
+    with store.batch():
+        for done in waiting:
+            lora = None if done.lora is None else _put_lora(store, done.lora, contents, fresh)
+            facts = FileFacts(
+                done.outcome, VERSION, done.read_ns, done.reason, done.sha256, done.probe, lora
+            )
+            store.put_file(done.found, facts, done.links)
+    contents.update(fresh)
+    for done in waiting:
+        paths = 1 + len(done.links)
+        if done.lora is None:
+            summary.refused += [
+                Refused(item.full, done.outcome, done.reason) for item in (done.found, *done.links)
+            ]
+        elif reasons[done.found] == "new":
+            summary.added += paths
+        else:
+            summary.refreshed += paths
+        summary.bytes += done.found.size
+    watch.advance(len(waiting), sum(done.found.size for done in waiting))
+
+
+def _put_lora(store: Store, lora: Lora, contents: dict[str, int], fresh: dict[str, int]) -> int:
+    known = fresh.get(lora.content) or contents.get(lora.content)
+    if known is not None or lora.modules is None:
+        assert known is not None
+        return known
+    assert lora.norms is not None and lora.identity is not None and lora.signature is not None
+    layout = store.put_layout(lora.architecture, lora.modules)
+    facts = LoraFacts(
+        content=lora.content,
+        data_sha256=lora.data_sha256,
+        architecture=lora.architecture,
+        family=lora.family,
+        spelling=lora.spelling,
+        ranks=lora.ranks,
+        alphas=lora.alphas,
+        dtype=lora.dtype,
+        effective_dtype=lora.effective_dtype,
+        layout=layout,
+        norm=float(lora.norms.sum(dtype="f8") ** 0.5),
+        norms=lora.norms,
+        version=VERSION,
+        facts=lora.facts,
+        notes=lora.notes,
+        unknown_keys=lora.unknown_keys,
+        extras=lora.extras,
+    )
+    number = store.put_lora(facts)
+    store.put_signature(number, lora.signature)
+    store.chunks.append("identity", series_of(lora.architecture), number, lora.identity)
+    fresh[lora.content] = number
+    return number
+
+
+@contextmanager
+def _workers(
+    reads: list[Read],
+    device: torch.device,
+    allow_pickle: bool,
+    is_known: Callable[[str], bool],
+) -> Iterator[Iterator[Examined]]:
+    """Results in the order in which they are finished.
+
+    Twice as many threads as cores read and hash (both leave the interpreter free); at most one
+    per core, or one for a GPU, does arithmetic, each on one thread of its own.
+    """
+    import torch
+
+    from lorafind.index.examine import Buffers, examine
+
+    cores = os.cpu_count() or 1
+    gate = threading.BoundedSemaphore(cores if device.type == "cpu" else 1)
+    buffers = Buffers(BUDGET)
+    todo: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Examined | BaseException] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set() and (read := todo.get()) is not None:
+            size = min(read.found.size, BUDGET)
+            buffer = buffers.take(size)
+            try:
+                done.put(
+                    examine(
+                        read.found,
+                        read.links,
+                        device=device,
+                        allow_pickle=allow_pickle,
+                        buffer=buffer,
+                        gate=gate,
+                        is_known=is_known,
+                    )
+                )
+            except BaseException as error:
+                done.put(error)
+            finally:
+                buffers.give(size, buffer)
+
+    def results() -> Iterator[Examined]:
+        for _ in reads:
+            result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+
+    for read in reads:
+        todo.put(read)
+    count = min(2 * cores, 16, len(reads))
+    for _ in range(count):
+        todo.put(None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+    try:
+        for thread in pool:
+            thread.start()
+        yield results()
+    finally:
+        stop.set()
+        for _ in pool:
+            todo.put(None)
+        for thread in pool:
+            thread.join()
+        torch.set_num_threads(threads)

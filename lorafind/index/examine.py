@@ -1,0 +1,293 @@
+"""One file → everything that the index keeps of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorafind.files import sidecars
+from lorafind.files.safetensors import STREAM_ABOVE
+from lorafind.files.scan import Found, probe
+from lorafind.formats.adapter import Adapter, ModulePlan
+from lorafind.formats.delta import Delta
+from lorafind.formats.groups import GROUPS
+from lorafind.formats.read import Reading, read
+from lorafind.index.rows import Module, StoredSignature
+from lorafind.signatures.constants import IDENTITY, SIGNATURE_VERSION
+from lorafind.signatures.features import Signature, signature
+from lorafind.signatures.sketch import Sketcher
+
+#: Bytes of factors that wait before they are sketched together.
+_BATCH = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The content of a file as the index stores it. norms: ‖ΔW_m‖² in the order of modules.
+
+    modules, identity and signature are None for a content that the index holds already.
+    """
+
+    content: str
+    data_sha256: str
+    architecture: str
+    family: str
+    spelling: str
+    ranks: dict[str, int]
+    alphas: dict[str, int]
+    dtype: str
+    effective_dtype: str
+    facts: dict[str, Any]
+    notes: list[str]
+    unknown_keys: list[str]
+    extras: dict[str, str]
+    modules: list[Module] | None = None
+    norms: np.ndarray | None = None
+    identity: np.ndarray | None = None
+    signature: StoredSignature | None = None
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one reading gave. outcome and reason as in :class:`Reading`."""
+
+    found: Found
+    links: tuple[Found, ...]
+    outcome: str
+    reason: str
+    sha256: str | None
+    probe: bytes | None
+    read_ns: int
+    lora: Lora | None
+
+
+def examine(
+    found: Found,
+    links: tuple[Found, ...],
+    *,
+    device: torch.device,
+    allow_pickle: bool,
+    buffer: bytearray,
+    gate: AbstractContextManager[Any],
+    is_known: Callable[[str], bool],
+) -> Examined:
+    """Read a file and sketch what it holds; never raises for bad input.
+
+    gate: held during the arithmetic, not during the reading. is_known: content → True where the
+    index holds its signature, which is then not made again.
+    """
+    path = os.fsdecode(found.full)
+    read_ns = time.time_ns()
+    sketching = _Sketching(device, gate)
+    try:
+        mark = probe(found.full)
+    except OSError:
+        mark = None
+    with sketching:
+        streamed = found.size > STREAM_ABOVE
+        reading = read(path, allow_pickle, buffer, sketching.visit if streamed else None)
+        lora = None
+        if reading.outcome == "lora":
+            made = _make(path, reading, sketching, streamed, is_known)
+            if isinstance(made, Lora):
+                lora = made
+            else:
+                reading = Reading(*made, sha256=reading.sha256)
+    return Examined(
+        found, links, reading.outcome, reading.reason, reading.sha256, mark, read_ns, lora
+    )
+
+
+class _Sketching:
+    """A Sketcher that takes the gate when the first module comes."""
+
+    def __init__(self, device: torch.device, gate: AbstractContextManager[Any]) -> None:
+        self.device = device
+        self.sketcher = Sketcher(device)
+        self._gate = gate
+        self._entered = False
+        self._waiting: list[tuple[Any, Delta]] = []
+        self._bytes = 0
+        self.scales: list[tuple[str, float]] = []
+
+    def __enter__(self) -> _Sketching:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._entered:
+            self._gate.__exit__(None, None, None)
+
+    def enter(self) -> None:
+        """Take the gate, once."""
+        if not self._entered:
+            self._gate.__enter__()
+            self._entered = True
+
+    def visit(self, module: ModulePlan, delta: Delta) -> None:
+        """Take a module in."""
+        if module.alpha is None and delta.scale != 1.0:
+            self.scales.append((module.name, delta.scale))
+        self._waiting.append((module.place, delta))
+        self._bytes += sum(t.numel() * t.element_size() for t in delta.tensors().values())
+        if self._bytes > _BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sketch what has been taken in."""
+        self.enter()
+        self.sketcher.add(self._waiting)
+        self._waiting, self._bytes = [], 0
+
+
+def _make(
+    path: str,
+    reading: Reading,
+    sketching: _Sketching,
+    streamed: bool,
+    is_known: Callable[[str], bool],
+) -> Lora | tuple[str, str]:
+    adapter = reading.adapter
+    assert adapter is not None and reading.content is not None and reading.data_sha256 is not None
+    if not streamed:
+        for module in adapter.plan.modules:
+            sketching.visit(module, module.bind(adapter.fetch))
+    content = reading.content
+    if sketching.scales:
+        # The same tensors mean another ΔW where alpha stands outside of them.
+        text = json.dumps([content, sorted(sketching.scales)])
+        content = hashlib.sha256(text.encode()).hexdigest()
+    facts = _facts(path, reading)
+    plan = adapter.plan
+    lora = Lora(
+        content,
+        reading.data_sha256,
+        plan.architecture,
+        plan.family,
+        plan.spelling,
+        _histogram(str(m.rank) for m in plan.modules if not m.place.vector),
+        _alphas(adapter),
+        adapter.dtype,
+        adapter.effective_dtype,
+        facts,
+        list(plan.notes),
+        plan.unknown_keys,
+        {name: _digest(adapter.extra(name)) for name in plan.extras},
+    )
+    if not streamed and is_known(content):
+        return lora
+    sketching.flush()
+    made = signature(sketching.sketcher.blocks())
+    if not np.isfinite(made.norms).all():
+        bad = made.places[int(np.flatnonzero(~np.isfinite(made.norms))[0])].name
+        return "invalid", f"its numbers at {bad} are too large to be weights: it is broken"
+    shapes = {m.name: m.shape for m in plan.modules}
+    order = sorted(
+        (i for i in range(len(made.places)) if made.norms[i] > 0), key=lambda i: made.places[i].name
+    )
+    if not order:
+        return "zero", "its ΔW is zero: it changes nothing (saved before the first step?)"
+    modules = [
+        Module(p.name, p.group, *shapes[p.name], p.vector, p.late)
+        for p in (made.places[i] for i in order)
+    ]
+    return Lora(
+        **{name: getattr(lora, name) for name in list(Lora.__dataclass_fields__)[:13]},
+        modules=modules,
+        norms=made.norms[order].astype(np.float32),
+        identity=_identity(made),
+        signature=_stored(made),
+    )
+
+
+def _facts(path: str, reading: Reading) -> dict[str, Any]:
+    """Name, trigger words, base model and training facts, as far as anything says them."""
+    assert reading.header is not None
+    inside = sidecars.facts_from_metadata(reading.header.metadata)
+    beside = sidecars.read_sidecars(path)
+    told = {key: value for key, value in asdict(inside).items() if value}
+    told["name"] = sidecars.display_name(path, beside, inside)
+    words = dict.fromkeys((*beside.trigger_words, *inside.trigger_words))
+    if words:
+        told["trigger_words"] = list(words)
+    if beside.base_model:
+        told["base_model"] = beside.base_model
+    told["sidecar"] = {key: value for key, value in asdict(beside).items() if value}
+    return told
+
+
+def _histogram(values: Any) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _alphas(adapter: Adapter) -> dict[str, int]:
+    return _histogram(
+        f"{float(adapter.fetch(m.alpha)):g}"
+        for m in adapter.plan.modules
+        if m.alpha is not None and not m.place.vector
+    )
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """SHA-256 over dtype, shape and bytes."""
+    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(head + raw.tobytes()).hexdigest()
+
+
+def _identity(made: Signature) -> np.ndarray:
+    """The record of the ``identity`` series (:data:`IDENTITY`)."""
+    record = np.zeros((), IDENTITY)
+    record["norms"] = made.segment_norms
+    record["sketch"] = made.identity.astype(np.float16)
+    return record
+
+
+def _stored(made: Signature) -> StoredSignature:
+    groups = [g for g in GROUPS if g in made.style]
+    scales = np.array([np.abs(made.style[g]).max() / 127 for g in groups], np.float32)
+    style = np.array(
+        [np.rint(made.style[g] / s) for g, s in zip(groups, scales, strict=True)], np.int8
+    )
+    return StoredSignature(
+        SIGNATURE_VERSION,
+        sum(1 << GROUPS.index(g) for g in groups),
+        scales,
+        np.array([made.votes[g] for g in groups]),
+        style.reshape(len(groups), -1 if groups else 0),
+    )
+
+
+class Buffers:
+    """Reusable read buffers and the byte budget that all files in flight share."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._used = 0
+        self._free: list[bytearray] = []
+        self._changed = threading.Condition()
+
+    def take(self, size: int) -> bytearray:
+        """Wait until ``size`` bytes fit (a larger file goes alone), and get a buffer."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + size <= self._total)
+            self._used += size
+            return self._free.pop() if self._free else bytearray()
+
+    def give(self, size: int, buffer: bytearray) -> None:
+        """Return what :meth:`take` gave."""
+        with self._changed:
+            self._used -= size
+            if sum(map(len, self._free)) + len(buffer) <= self._total // 2:
+                self._free.append(buffer)
+            self._changed.notify_all()

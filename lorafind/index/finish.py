@@ -1,0 +1,35 @@
+"""What follows the reading of files: models, relations, bases. Each step resumes by itself."""
+
+from __future__ import annotations
+
+from lorafind.bases import stored
+from lorafind.index import classes
+from lorafind.index.progress import Progress
+from lorafind.index.relate import relate, unrelated
+from lorafind.index.store import Store
+
+
+def unfinished(store: Store) -> bool:
+    """True where LoRAs have come since the last :func:`finish`."""
+    return unrelated(store)
+
+
+def finish(store: Store, watch: Progress) -> int:
+    """Name unknown models, prove relations, fit bases; returns how many relations are new."""
+    classes.settle(store)
+    found = relate(store, watch)
+    architectures = [
+        row[0] for row in store.conn.execute("SELECT DISTINCT architecture FROM loras ORDER BY 1")
+    ]
+    for architecture in architectures:
+        watch.stage(f"Basis of {architecture}", 0, 0)
+        stored.refresh(store, architecture)
+    live = set(architectures)
+    for basis in store.basis_ids():
+        owner = store.conn.execute(
+            "SELECT architecture, kind FROM bases WHERE id = ?", (basis,)
+        ).fetchone()
+        if owner[1] == "collection" and owner[0] not in live:
+            with store.batch():
+                store.drop_basis(basis)
+    return found

@@ -1,0 +1,1 @@
+"""Pairs of adapters → proofs of what one is to the other."""

@@ -1,0 +1,335 @@
+"""``dupes``: groups of files that hold the same LoRA, and which of them may go.
+
+A file may go only if its relation to the keeper itself is proved and the keeper holds all that it
+does. The keeper always stays, so that no group can lose all of its copies. Nothing is read but the
+index, and the state of the files right before they are named as removable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+from lorafind.files.scan import join
+from lorafind.index.reconcile import maybe_two_mounts
+from lorafind.index.store import Store
+from lorafind.relations.candidates import RELATION_VERSION
+from lorafind.relations.grades import GRADES, Relation, Side, removal
+
+#: Grades that are shown unless others are asked for: all that are proved.
+PROVED = GRADES[: GRADES.index("near")]
+KEEP = ("newest", "oldest", "largest", "smallest", "highest-rank", "shortest-path")
+
+
+@dataclass(frozen=True)
+class File:
+    """One path to a LoRA."""
+
+    path: str
+    lora: int
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    identity: tuple[int, int]
+    is_link: bool
+    here: bool
+    rank: int
+    doubtful: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How groups are made. grades: which relations join files; named: those the user asked for by
+    name; keep: a word of KEEP or a pattern for paths; protect: folders whose files always stay;
+    within: paths that the answer is restricted to (only they may go)."""
+
+    grades: Sequence[str] = PROVED
+    named: Sequence[str] = ()
+    keep: str = "oldest"
+    protect: Sequence[str] = ()
+    within: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of a group. grade: its relation to the keeper, ``keeper``, or ``link`` for another
+    path to a file of the group (no bytes would be freed). steps: what was done to the larger of the
+    two. differs: what is not the same, as [of the keeper, of this file]. removable: may go.
+    stays: why it may not."""
+
+    path: str
+    bytes: int
+    grade: str
+    cosine: float
+    factor: float
+    share: float
+    steps: tuple[str, ...]
+    differs: dict[str, list[Any]]
+    removable: bool
+    stays: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that belong together. grade: the weakest of its members'."""
+
+    grade: str
+    keeper: str
+    freed_bytes: int
+    files: tuple[Member, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def dupes(store: Store, choice: Choice) -> Iterator[Group]:
+    """The groups, those that free the most bytes first."""
+    relations = _relations(store, choice.grades)
+    files = _files(store, relations, choice.grades)
+    groups = [
+        group
+        for component in _components(files, relations)
+        for group in _stars(component, relations, choice)
+    ]
+    if choice.within:
+        groups = [g for g in groups if any(_below(m.path, choice.within) for m in g.files)]
+    yield from sorted(groups, key=lambda g: (-g.freed_bytes, g.keeper))
+
+
+Relations = dict[int, dict[int, Relation]]
+
+
+def _relations(store: Store, grades: Sequence[str]) -> Relations:
+    """LoRA → other LoRA → relation with the first as x."""
+    found: Relations = defaultdict(dict)
+    for row in store.relations(RELATION_VERSION):
+        if row.grade in grades:
+            relation = Relation.from_json(row.numbers)
+            found[row.x][row.y] = relation
+            found[row.y][row.x] = relation.swapped()
+    return found
+
+
+def _files(store: Store, relations: Relations, grades: Sequence[str]) -> list[File]:
+    """Every path to a LoRA that has a relation, or several paths."""
+    wanted = set(relations)
+    if {"file", "tensors"} & set(grades):
+        wanted |= {
+            lora
+            for (lora,) in store.conn.execute(
+                "SELECT lora FROM files WHERE lora IS NOT NULL AND presence != 'gone' "
+                "GROUP BY lora HAVING count(*) > 1"
+            )
+        }
+    doubtful = {row.id for rows in maybe_two_mounts(store.known()) for row in rows}
+    rows = store.conn.execute(
+        "SELECT f.id, r.path, f.path, f.lora, f.size, f.mtime_ns, f.sha256, f.device, f.inode, "
+        "f.is_link, f.presence, l.ranks FROM json_each(?) j JOIN files f ON f.lora = j.value "
+        "JOIN roots r ON r.id = f.root JOIN loras l ON l.id = f.lora WHERE f.presence != 'gone'",
+        (json.dumps(sorted(wanted)),),
+    )
+    return [
+        File(
+            os.fsdecode(join(root, path)),
+            lora,
+            size,
+            mtime,
+            sha256 or "",
+            (device, inode) if inode else (-1, number),
+            bool(is_link),
+            presence == "here",
+            max((int(rank) for rank in json.loads(ranks)), default=0),
+            number in doubtful,
+        )
+        for (
+            number,
+            root,
+            path,
+            lora,
+            size,
+            mtime,
+            sha256,
+            device,
+            inode,
+            is_link,
+            presence,
+            ranks,
+        ) in rows
+    ]
+
+
+def _components(files: list[File], relations: Relations) -> Iterator[list[File]]:
+    by_lora: dict[int, list[File]] = defaultdict(list)
+    for file in files:
+        by_lora[file.lora].append(file)
+    seen: set[int] = set()
+    for start in sorted(by_lora):
+        if start in seen:
+            continue
+        stack, members = [start], []
+        seen.add(start)
+        while stack:
+            lora = stack.pop()
+            members += by_lora[lora]
+            for other in relations.get(lora, {}):
+                if other not in seen and other in by_lora:
+                    seen.add(other)
+                    stack.append(other)
+        if len(members) > 1:
+            yield members
+
+
+def relation_of(keeper: File, file: File, relations: Relations) -> Relation | None:
+    """What the keeper (x) and a file (y) are to each other, as far as it is proved."""
+    if keeper.lora == file.lora:
+        if keeper.sha256 == file.sha256:
+            return Relation("file", None, dominates=(True, True))
+        differs = {"metadata": ["as stored", "other metadata"]}
+        return Relation("tensors", None, differs=differs, dominates=(True, True))
+    return relations.get(keeper.lora, {}).get(file.lora)
+
+
+def _stars(component: list[File], relations: Relations, choice: Choice) -> Iterator[Group]:
+    """Groups around keepers: every member's relation is to the keeper itself."""
+    rest = sorted(component, key=lambda file: file.path)
+    while len(rest) > 1:
+        keeper = _keeper(rest, relations, choice)
+        members = [
+            (file, relation)
+            for file in rest
+            if file is not keeper
+            and (relation := relation_of(keeper, file, relations)) is not None
+            and relation.grade in (*choice.grades, "file", "tensors")
+        ]
+        taken = {file.path for file, _ in members} | {keeper.path}
+        rest = [file for file in rest if file.path not in taken]
+        if members:
+            yield _group(keeper, members, choice)
+
+
+def _keeper(files: list[File], relations: Relations, choice: Choice) -> File:
+    """The file that holds most of the others; among equals the protected, then the wanted one."""
+
+    def reach(file: File) -> tuple[int, int]:
+        held = known = 0
+        for other in files:
+            if other is file or (relation := relation_of(file, other, relations)) is None:
+                continue
+            known += 1
+            held += relation.dominates[0]
+        return held, known
+
+    # A link could lose its file, and what is offline cannot be looked at.
+    solid = [f for f in files if f.here and not f.is_link] or files
+    reaches = {file.path: reach(file) for file in solid}
+    best = max(reaches.values())
+    equal = [file for file in solid if reaches[file.path] == best]
+    return min(equal, key=lambda file: (*_preference(file, choice), file.path))
+
+
+def _preference(file: File, choice: Choice) -> tuple[Any, ...]:
+    stays = not (_below(file.path, choice.protect) or _outside(file, choice))
+    if choice.keep not in KEEP:
+        name = file.path.replace(os.sep, "/")
+        return stays, not fnmatch(name, choice.keep), file.mtime_ns
+    order: dict[str, tuple[Any, ...]] = {
+        "newest": (-file.mtime_ns,),
+        "oldest": (file.mtime_ns,),
+        "largest": (-file.bytes,),
+        "smallest": (file.bytes,),
+        "highest-rank": (-file.rank,),
+        "shortest-path": (len(file.path),),
+    }
+    return (stays, *order[choice.keep], file.mtime_ns)
+
+
+def _outside(file: File, choice: Choice) -> bool:
+    return bool(choice.within) and not _below(file.path, choice.within)
+
+
+def _group(keeper: File, members: list[tuple[File, Relation]], choice: Choice) -> Group:
+    kept = {keeper.identity}
+    paths = Counter(file.identity for file, _ in members)
+    rows = [Member(keeper.path, keeper.bytes, "keeper", 1.0, 1.0, 1.0, (), {}, False)]
+    grades = []
+    intact = _intact(keeper)
+    for file, relation in sorted(members, key=lambda m: (GRADES.index(m[1].grade), m[0].path)):
+        if file.identity in kept:
+            rows.append(Member(file.path, 0, "link", 1.0, 1.0, 1.0, (), {}, False, "a second path"))
+            continue
+        kept.add(file.identity)
+        grades.append(relation.grade)
+        stays = _stays(keeper, file, relation, choice, intact)
+        if not stays and paths[file.identity] > 1:
+            stays = "it has another path, so that nothing would be freed"
+        rows.append(
+            Member(
+                file.path,
+                file.bytes,
+                relation.grade,
+                round(relation.cosine, 6),
+                round(relation.factor, 6),
+                round(relation.share, 6),
+                tuple(step.words for step in relation.steps),
+                relation.differs,
+                not stays,
+                stays,
+            )
+        )
+    freed = sum(row.bytes for row in rows if row.removable)
+    grade = max(grades, key=GRADES.index) if grades else "link"
+    return Group(grade, keeper.path, freed, tuple(rows))
+
+
+def _stays(keeper: File, file: File, relation: Relation, choice: Choice, intact: bool) -> str:
+    """Why a file may not go; empty where it may."""
+    side: Side = "y"
+    allowed = removal(relation.grade)
+    if allowed == "never":
+        return f"{relation.grade} is no copy"
+    if relation.removable(side) == "never":
+        return "it holds something that the keeper lacks"
+    if allowed == "named" and relation.grade not in choice.named:
+        return f"only with --grade {relation.grade}"
+    if _below(file.path, choice.protect):
+        return "protected"
+    if _outside(file, choice):
+        return "not among the files asked for"
+    if not file.here or not keeper.here:
+        return "offline"
+    if file.is_link or keeper.is_link:
+        return "a link"
+    if file.doubtful and keeper.doubtful:
+        return "perhaps the same file on two mounts"
+    if not intact or not _intact(file):
+        return "changed since it was indexed"
+    return ""
+
+
+def _intact(file: File) -> bool:
+    """True where the file on disk is still the one that was read."""
+    try:
+        facts = os.stat(file.path)
+    except OSError:
+        return False
+    return (facts.st_size, facts.st_mtime_ns) == (file.bytes, file.mtime_ns)
+
+
+def _below(path: str, folders: Iterable[str]) -> bool:
+    """True for a path that is one of these, or in one of these folders."""
+    for folder in folders:
+        place = os.path.abspath(os.path.expanduser(folder))
+        if path == place or path.startswith(place.rstrip(os.sep) + os.sep):
+            return True
+        real = os.path.realpath(place)
+        if os.path.realpath(path).startswith(real.rstrip(os.sep) + os.sep) or (
+            os.path.realpath(path) == real
+        ):
+            return True
+    return False

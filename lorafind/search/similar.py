@@ -1,0 +1,247 @@
+"""``similar``: the LoRAs nearest in style to a target, with what chance would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lorafind.bases.stored import Basis, current
+from lorafind.index.problem import IndexProblem
+from lorafind.index.store import Store
+from lorafind.relations.candidates import RELATION_VERSION
+from lorafind.search.query import Asked
+from lorafind.search.scores import Query, Scored, by_basis, default_groups, plain
+from lorafind.search.targets import Card, cards
+
+#: Strangers that the mean and spread of a layout must rest on.
+STRANGERS = 30
+_CARDS = 256
+
+#: What a user may write for a group → groups.
+GROUP_WORDS = {
+    "self": ("self_attn",),
+    "cross": ("cross_attn",),
+    "attn": ("self_attn", "cross_attn"),
+    "ff": ("ff",),
+    "conv": ("conv",),
+    "other": ("other",),
+    "text": ("text",),
+    "unet": ("self_attn", "cross_attn", "ff", "conv", "other"),
+    "all": ("self_attn", "cross_attn", "ff", "conv", "other", "text"),
+}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What of the answers is wanted. by: words of GROUP_WORDS; none: U-Net or transformer."""
+
+    count: int = 10
+    by: Sequence[str] = ()
+    min_score: float | None = None
+    min_z: float | None = None
+    every: bool = False
+    same_base: bool = False
+
+    def groups(self, bits: int) -> tuple[str, ...]:
+        """The groups to compare by. Raises ValueError for a word that is none."""
+        if not self.by:
+            return default_groups(bits)
+        unknown = [word for word in self.by if word not in GROUP_WORDS]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no group; choose from {', '.join(GROUP_WORDS)}")
+        return tuple(dict.fromkeys(g for word in self.by for g in GROUP_WORDS[word]))
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One answer.
+
+    score: cosine of style (an estimate from signatures); z: its distance from strangers of the
+    same layouts in their standard deviations, chance: how many strangers of this collection would
+    score as high if they were normally spread; both None with fewer than 30 strangers. relation:
+    a proved one in words, ``~likely`` where the sketches suggest one that is not proved, else
+    empty. variants: how many kin of it are not shown. basis: id of the basis, ``plain`` without.
+    rank: of the LoRA.
+    """
+
+    query: str
+    position: int
+    path: str
+    score: float
+    z: float | None
+    chance: float | None
+    relation: str
+    variants: int
+    name: str
+    architecture: str
+    family: str
+    rank: str
+    base_model: str
+    trigger_words: tuple[str, ...]
+    groups: tuple[str, ...]
+    basis: str
+    other_paths: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def similar(store: Store, asked: Asked, wishes: Wishes) -> Iterator[Neighbour]:
+    """The nearest first. Raises IndexProblem where nothing can be compared."""
+    query = asked.query
+    wanted = wishes.groups(query.signature.groups)
+    basis = current(store, query.architecture)
+    scored = _score(store, basis, query, wanted)
+    if query.lora is not None:
+        keep = scored.ids != query.lora
+        scored = Scored(
+            scored.ids[keep],
+            scored.layouts[keep],
+            scored.families[keep],
+            scored.scores[keep],
+            scored.groups,
+        )
+    if not len(scored.ids):
+        return
+    relations = _relations(store, asked)
+    own = _own_family(store, query)
+    z, chance = _significance(scored, own | relations.keys())
+    order = np.lexsort((scored.ids, -scored.scores))
+    base = _base(store, query) if wishes.same_base else None
+    yield from _rows(store, asked, scored, order, z, chance, relations, wishes, base, basis)
+
+
+def _score(store: Store, basis: Basis | None, query: Query, wanted: Sequence[str]) -> Scored:
+    if basis is not None and set(wanted) & set(basis.groups):
+        return by_basis(store, basis, query, wanted)
+    return plain(store, query, wanted)
+
+
+def _own_family(store: Store, query: Query) -> set[int]:
+    if query.lora is None:
+        return set()
+    rows = store.conn.execute(
+        "SELECT b.lora FROM families a JOIN families b ON b.family = a.family WHERE a.lora = ?",
+        (query.lora,),
+    )
+    return {lora for (lora,) in rows}
+
+
+def _relations(store: Store, asked: Asked) -> dict[int, str]:
+    """LoRA id → relation to the query in words."""
+    lora = asked.query.lora
+    if lora is None:
+        return _likely(store, asked)
+    found = {}
+    for row in store.relations(RELATION_VERSION, lora):
+        other = row.y if row.x == lora else row.x
+        if row.grade == "likely":
+            found[other] = "~likely"
+        elif row.grade:
+            words = ", ".join(row.steps)
+            found[other] = f"{row.grade}: {words}" if words else row.grade
+    return found
+
+
+def _likely(store: Store, asked: Asked) -> dict[int, str]:
+    """Candidates for a relation of a LoRA that is not in the index."""
+    from lorafind.search.likely import likely
+
+    assert asked.lora is not None
+    return {number: f"~likely {guess:.2f}" for number, guess in likely(store, asked.lora).items()}
+
+
+def _significance(scored: Scored, kin: set[int]) -> tuple[np.ndarray, np.ndarray]:
+    """z and chance of every score, NaN where there are too few strangers of the layout."""
+    z = np.full(len(scored.ids), np.nan)
+    chance = np.full(len(scored.ids), np.nan)
+    stranger = ~np.isin(scored.ids, np.fromiter(kin, np.int64, len(kin)))
+    for layout in np.unique(scored.layouts).tolist():
+        here = scored.layouts == layout
+        # Every family speaks once.
+        _, first = np.unique(scored.families[here & stranger], return_index=True)
+        sample = scored.scores[here & stranger][first].astype(np.float64)
+        if len(sample) < STRANGERS:
+            continue
+        # LoRAs of one style are strangers by descent: the median and the quartiles hardly see them.
+        low, middle, high = np.quantile(sample, [0.25, 0.5, 0.75])
+        spread = (high - low) / 1.349
+        if spread <= 0:
+            continue
+        z[here] = (scored.scores[here] - middle) / spread
+        chance[here] = [len(sample) * 0.5 * math.erfc(v / math.sqrt(2)) for v in z[here]]
+    return z, chance
+
+
+def _base(store: Store, query: Query) -> str:
+    if query.lora is None:
+        raise IndexProblem("--same-base needs a target that is in the index: index it first.")
+    return _base_of(cards(store, [query.lora])[query.lora])
+
+
+def _base_of(card: Card) -> str:
+    facts = card.facts
+    return str(facts.get("base_model_hash") or card.base_model).casefold()
+
+
+def _rows(
+    store: Store,
+    asked: Asked,
+    scored: Scored,
+    order: np.ndarray,
+    z: np.ndarray,
+    chance: np.ndarray,
+    relations: dict[int, str],
+    wishes: Wishes,
+    base: str | None,
+    basis: Basis | None,
+) -> Iterator[Neighbour]:
+    heads, sizes = np.unique(scored.families, return_counts=True)
+    variants = dict(zip(heads.tolist(), (sizes - 1).tolist(), strict=True))
+    seen: set[int] = set()
+    shown = 0
+    for start in range(0, len(order), _CARDS):
+        block = order[start : start + _CARDS]
+        known = cards(store, scored.ids[block].tolist())
+        for k in block.tolist():
+            number, family = int(scored.ids[k]), int(scored.families[k])
+            score, my_z = float(scored.scores[k]), _number(z[k])
+            if shown >= wishes.count or (wishes.min_score is not None and score < wishes.min_score):
+                return
+            card = known[number]
+            if not wishes.every and family in seen:
+                continue
+            if wishes.min_z is not None and (my_z is None or my_z < wishes.min_z):
+                continue
+            if base is not None and _base_of(card) != base:
+                continue
+            seen.add(family)
+            shown += 1
+            yield Neighbour(
+                query=asked.path,
+                position=shown,
+                path=card.paths[0] if card.paths else "",
+                score=round(score, 4),
+                z=None if my_z is None else round(my_z, 2),
+                chance=None if (c := _number(chance[k])) is None else float(f"{c:.2g}"),
+                relation=relations.get(number, ""),
+                variants=0 if wishes.every else variants[family],
+                name=card.name,
+                architecture=card.architecture,
+                family=card.family,
+                rank=card.rank,
+                base_model=card.base_model,
+                trigger_words=card.trigger_words,
+                groups=scored.groups,
+                basis=basis.id if basis else "plain",
+                other_paths=card.paths[1:],
+            )
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

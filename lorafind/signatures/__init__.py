@@ -1,0 +1,1 @@
+"""Adapter → numbers: exact products, features and their sketches."""

@@ -1,0 +1,6 @@
+"""Runs the sample commands as a process."""
+
+from lorafind.cli.app import run
+from tests.cli.sample import SampleGroup
+
+run(SampleGroup)
