@@ -60,6 +60,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert names == files
     assert "lorafind/py.typed" in names
     assert len(licences) == 1
+    assert wheel.stat().st_size < 3_000_000
 
 
 def test_every_module_imports_with_the_runtime_dependencies_alone(
@@ -79,6 +80,20 @@ def test_the_installed_program_runs(wheel: Path, scripts: Path, tmp_path: Path) 
     assert "Exit codes" in call(scripts / "lorafind", "--help", folder=tmp_path)
     version = call(scripts / "lorafind", "--version", folder=tmp_path).split()[-1]
     assert wheel.name == f"lorafind-{version}-py3-none-any.whl"
+
+
+def test_the_installed_program_indexes_and_finds(scripts: Path, tmp_path: Path) -> None:
+    lorafind = scripts / "lorafind"
+    assert "$ lorafind index" in call(lorafind, "demo", "files", "--quiet", folder=tmp_path)
+    db = ("--db", tmp_path / "own.db")
+    folders = ("files/thin", "files/wild", "files/copies")
+    assert call(lorafind, "index", *folders, *db, folder=tmp_path) == ""
+    target = "files/thin/lobster-train-01.safetensors"
+    near = call(lorafind, "similar", target, "-k", "5", *db, folder=tmp_path).splitlines()
+    assert len(near) == 5
+    assert all(Path(line.split("\t")[0]).name.startswith("lobster") for line in near)
+    copies = call(lorafind, "dupes", "--others", "-0", *db, folder=tmp_path).split("\0")
+    assert [Path(path).parent.name for path in copies] == ["copies"] * 4 + [""]
 
 
 def constraints() -> dict[str, str]:

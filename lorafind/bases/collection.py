@@ -61,7 +61,8 @@ class Sample:
 class Space:
     """One fitted space.
 
-    components: group → k × 32,768 float32 (jointly orthonormal over the groups);
+    components: group → k × 32,768 floats (jointly orthonormal over the groups), empty where a
+    stored basis was opened for queries only;
     grams: group → k × k, V_g·V_gᵀ; means: (layout id, or −1 for the pooled mean) → group → k
     numbers ω_g·V_g·μ_g; eigenvalues: all of them, falling; total: their sum.
     """
@@ -75,11 +76,11 @@ class Space:
     @property
     def size(self) -> int:
         """The number of components k."""
-        return next(iter(self.components.values())).shape[0]
+        return next(iter(self.grams.values())).shape[0]
 
     def project(self, group: str, rows: np.ndarray) -> np.ndarray:
         """ω_g·V_g·x for rows of unit length (n × 32,768 float32) → n × k."""
-        return WEIGHTS[group] * (rows @ self.components[group].T)
+        return WEIGHTS[group] * (rows @ self.components[group].T.astype(np.float32))
 
     def centre(self, group: str, layout: int) -> np.ndarray:
         """The projected mean to take off, k numbers."""
@@ -144,9 +145,7 @@ def fit(sample: Sample, groups: Sequence[str], components: int | None = None) ->
     components: their number; by default :func:`bend` of the eigenvalues.
     """
     n = len(sample.layouts)
-    present = {
-        g: np.asarray(sample.styles[g].any(1)) for g in groups if g in sample.styles
-    }
+    present = {g: np.asarray(sample.styles[g].any(1)) for g in groups if g in sample.styles}
     groups = tuple(g for g in groups if g in present and present[g].any())
     root = np.sqrt(sample.weights)
     total = np.zeros((n, n))

@@ -113,73 +113,90 @@ def from_stored(stored: StoredBasis) -> Basis:
     """Inverse of :func:`to_stored`; the components stay float16 until they are used."""
     spaces: dict[str, Space] = {}
     for name, groups in SPACES.items():
-        present = tuple(g for g in groups if f"{name}/{g}/components" in stored.parts)
+        present = tuple(g for g in groups if f"{name}/{g}/gram" in stored.parts)
         if not present:
             continue
-        part = {g: {k: stored.parts[f"{name}/{g}/{k}"] for k in _KINDS} for g in present}
         layouts = stored.parts[f"{name}/layouts"].tolist()
+        means = {g: stored.parts[f"{name}/{g}/means"] for g in present}
         spaces[name] = Space(
             present,
-            {g: part[g]["components"] for g in present},
-            {g: part[g]["gram"] for g in present},
-            {k: {g: part[g]["means"][row] for g in present} for row, k in enumerate(layouts)},
+            {
+                g: c
+                for g in present
+                if (c := stored.parts.get(f"{name}/{g}/components")) is not None
+            },
+            {g: stored.parts[f"{name}/{g}/gram"] for g in present},
+            {k: {g: means[g][row] for g in present} for row, k in enumerate(layouts)},
             stored.parts[f"{name}/eigenvalues"],
         )
     return Basis(stored.id, stored.architecture, stored.facts, spaces)
 
 
-_KINDS = ("components", "gram", "means")
+def current(store: Store, architecture: str, light: bool = False) -> Basis | None:
+    """The basis in use for an architecture; None where the collection is too small for one.
 
-
-def current(store: Store, architecture: str) -> Basis | None:
-    """The basis in use for an architecture; None where the collection is too small for one."""
+    light: without the components, which only a LoRA that is not embedded yet needs.
+    """
     for name in store.basis_ids(architecture):
-        stored = store.basis(name)
+        stored = store.basis(name, "/components" if light else None)
         if stored is not None and stored.version == SIGNATURE_VERSION:
             return from_stored(stored)
     return None
 
 
 def members(store: Store, architecture: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, layouts, families) of every LoRA of an architecture; a family is named by an id."""
+    """(ids, layouts, families) of every LoRA that may be of an architecture.
+
+    A family is named by an id.
+    """
     rows = store.conn.execute(
         "SELECT id, layout, coalesce(f.family, id) FROM loras LEFT JOIN families f ON f.lora = id "
         "JOIN signatures s ON s.lora = loras.id AND s.version = ? "
-        "WHERE architecture = ? ORDER BY id",
+        "WHERE instr('|' || architecture || '|', '|' || ? || '|') ORDER BY id",
         (SIGNATURE_VERSION, architecture),
     ).fetchall()
     table = np.array(rows, np.int64).reshape(-1, 3)
     return table[:, 0], table[:, 1], table[:, 2]
 
 
-def refresh(store: Store, architecture: str, force: bool = False) -> Basis | None:
+def refresh(store: Store, architecture: str, force: bool = False) -> None:
     """Fit the collection's basis where it is missing or has outgrown, and embed what is new."""
     ids, layouts, families = members(store, architecture)
     count = len(np.unique(families))
-    old = current(store, architecture)
+    old = _own(store, architecture)
     if count < FEWEST:
         if old is not None:
             with store.batch():
-                store.drop_basis(old.id)
-        return None
-    fitted = int(str(old.facts["families"])) if old else 0
-    if old is None or force or abs(count - fitted) > GROWTH * fitted:
+                store.drop_basis(old[0])
+        return
+    if old is None or force or abs(count - old[1]) > GROWTH * old[1]:
         basis = _fit(store, architecture, ids, layouts, families)
         with store.batch():
             for name in store.basis_ids(architecture):
                 store.drop_basis(name)
             store.put_basis(to_stored(basis))
             _embed(store, basis, ids, layouts)
-        return basis
-    done = store.chunks.ids("embedding", old.id)
+        return
+    done = store.chunks.ids("embedding", old[0])
     fresh = ~np.isin(ids, done)
     stale = np.setdiff1d(done, ids)
     if fresh.any() or len(stale):
+        kept = current(store, architecture)
+        assert kept is not None
         with store.batch():
-            store.chunks.delete(stale.tolist(), "embedding", old.id)
-            store.chunks.delete(stale.tolist(), "parts", old.id)
-            _embed(store, old, ids[fresh], layouts[fresh])
-    return old
+            store.chunks.delete(stale.tolist(), "embedding", kept.id)
+            store.chunks.delete(stale.tolist(), "parts", kept.id)
+            _embed(store, kept, ids[fresh], layouts[fresh])
+
+
+def _own(store: Store, architecture: str) -> tuple[str, int] | None:
+    """Id of the collection's own basis, and how many families it was fitted to."""
+    row = store.conn.execute(
+        "SELECT id, json_extract(facts, '$.families') FROM bases "
+        "WHERE architecture = ? AND kind = 'collection' AND version = ?",
+        (architecture, SIGNATURE_VERSION),
+    ).fetchone()
+    return (row[0], int(row[1])) if row else None
 
 
 def _fit(

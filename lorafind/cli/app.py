@@ -28,9 +28,10 @@ from lorafind.cli.output import ReaderGone, flush
 
 #: panel of the help → commands
 PANELS: Mapping[str, Sequence[str]] = {
-    "Index": ("index",),
-    "Files": ("info", "compare"),
-    "Search": ("similar", "dupes"),
+    "First steps": ("demo",),
+    "Index": ("index", "ls"),
+    "Files": ("info", "compare", "whatis"),
+    "Search": ("similar", "dupes", "epochs"),
 }
 
 _GLOBAL_FLAGS = ("--quiet", "-q", "--verbose", "-v", "--debug")

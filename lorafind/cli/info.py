@@ -75,9 +75,11 @@ def info(
         raise typer.BadParameter("only one of --keys and --modules can be used")
     code: int | None = None
 
+    given = targets(names)
+
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal code
-        for name in targets(names):
+        for name in given:
             try:
                 path = path_of(session.db, name)
             except IndexProblem as error:
@@ -99,7 +101,10 @@ def info(
     if sink.mode in (Mode.JSON, Mode.JSONL, Mode.PATHS):
         sink.rows((), rows())
     elif keys or modules:
-        sink.rows(KEYS if keys else MODULES, _split(rows(), keys, sink.warn))
+        columns = KEYS if keys else MODULES
+        # People who ask for one file need not read its name in every line.
+        narrow = sink.mode is Mode.TABLE and len(given) == 1
+        sink.rows(columns[1:] if narrow else columns, _split(rows(), keys, sink.warn))
     elif sink.mode is Mode.TABLE:
         sink.rows(PEOPLE, map(_told, rows()), blocks=True)
     else:
@@ -178,18 +183,20 @@ def _told(row: Row) -> Row:
         "Extras": _some(list(row["extras"])),
         "Not understood": _some(row["unknown_keys"]),
         "SHA-256": hashes.get("sha256"),
-        "AutoV1": hashes.get("autov1"),
+        "AutoV1": _hash(hashes.get("autov1")),
         "AutoV2": hashes.get("autov2"),
         "AutoV3": hashes.get("autov3"),
         "Data": hashes.get("sshs_model_hash"),
-        "Legacy": hashes.get("sshs_legacy_hash"),
+        "Legacy": _hash(hashes.get("sshs_legacy_hash")),
         "Recorded": ", ".join(
-            f"{c['name']} {c['value']} ({_STALE[c['stale']]})" for c in row["recorded"]
+            f"{c['name']} {_hash(c['value'])} ({_STALE[c['stale']]})" for c in row["recorded"]
         ),
         "Notes": "; ".join(row["notes"]),
     }
 
 
+#: SHA-256 of nothing, as old short hashes of small files are.
+_EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 _STALE = {True: "stale", False: "right", None: "cannot be checked"}
 
 
@@ -206,13 +213,21 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 
 def _alpha(row: Row) -> str:
-    alphas = _counted(row["alphas"])
-    return alphas and _joined(alphas, row["scale"] and f"so that ΔW = {row['scale']:g}·B·A")
+    scale = row["scale"]
+    return _counted(row["alphas"]) + (f" (scale {scale:g})" if scale not in (None, 1.0) else "")
 
 
 def _group(name: str, part: Mapping[str, Any]) -> str:
-    text = f"{name} {part['modules']}"
-    return text if part["share"] is None else f"{text} ({part['share']:.1%} of ‖ΔW‖²)"
+    text = f"{name}: {part['modules']}"
+    if part["norm"] is None:
+        return text
+    share = f", {part['share']:.1%}" if part["share"] is not None else ""
+    return f"{text}, norm {part['norm']:.4g}{share}"
+
+
+def _hash(value: str | None) -> str | None:
+    """A hash; what is no more than the hash of nothing is marked as such."""
+    return value and (f"{value} (of no bytes, says nothing)" if _EMPTY.startswith(value) else value)
 
 
 def _dtype(row: Row) -> str | None:
@@ -227,9 +242,9 @@ def _trained(facts: Mapping[str, Any]) -> str:
 
     when = facts["finished_at"] or facts["started_at"]
     return _joined(
-        when and f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d %H:%M} UTC",
-        facts["epoch"] is not None and f"epoch {facts['epoch']}",
-        facts["steps"] is not None and f"{facts['steps']} steps",
+        f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d %H:%M} UTC" if when else None,
+        None if facts["epoch"] is None else f"epoch {facts['epoch']}",
+        None if facts["steps"] is None else f"{facts['steps']} steps",
     )
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Row = Mapping[str, Any]
+
+#: Rows of a long table that are shown together.
+_BLOCK = 500
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _UNSAFE_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
@@ -236,28 +240,47 @@ class Sink:
     def _table(self, columns: Sequence[Column], rows: Iterator[Row]) -> None:
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for column in columns:
-            table.add_column(column.title, justify=column.justify, overflow="fold")
-        for row in rows:
-            table.add_row(*(column.shown(row) for column in columns))
-        if table.row_count:
-            console(sys.stdout).print(table)
+        shown = ([column.shown(row) for column in columns] for row in rows)
+        output = console(sys.stdout)
+        block = list(islice(shown, _BLOCK))
+        # A long table is shown as it comes: its first block decides the widths.
+        fixed = _widths(columns, block, output.width) if len(block) == _BLOCK else None
+        header = True
+        while block:
+            table = Table(
+                box=None,
+                pad_edge=False,
+                padding=(0, 2, 0, 0),
+                header_style="bold",
+                show_header=header,
+            )
+            for place, column in enumerate(columns):
+                table.add_column(
+                    column.title,
+                    justify=column.justify,
+                    overflow="fold",
+                    width=fixed[place] if fixed else None,
+                )
+            for cells in block:
+                table.add_row(*cells)
+            output.print(table)
+            header = False
+            block = list(islice(shown, _BLOCK))
 
     def _blocks(self, columns: Sequence[Column], rows: Iterator[Row]) -> None:
         from rich.table import Table
 
-        console = console(sys.stdout)
+        screen = console(sys.stdout)
         for number, row in enumerate(rows):
             if number:
-                console.print()
+                screen.print()
             block = Table.grid(padding=(0, 2, 0, 0))
             block.add_column(style="bold", no_wrap=True)
             block.add_column(overflow="fold")
             for column in columns:
                 if text := column.shown(row):
                     block.add_row(column.title, text)
-            console.print(block)
+            screen.print(block)
 
     def _lines(self, columns: Sequence[Column], rows: Iterator[Row]) -> None:
         if self.header:
@@ -303,6 +326,20 @@ def _reader() -> Iterator[None]:
         if error.errno == errno.EPIPE or (os.name == "nt" and error.errno == errno.EINVAL):
             raise ReaderGone from error
         raise
+
+
+def _widths(columns: Sequence[Column], block: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Widths of columns that hold a block of rows, the widest cut until they fit."""
+    from rich.cells import cell_len
+
+    cells = zip(*block, strict=True)
+    widths = [
+        max(cell_len(column.title), *map(cell_len, values))
+        for column, values in zip(columns, cells, strict=True)
+    ]
+    while sum(widths) + 2 * (len(widths) - 1) > room and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+    return widths
 
 
 def _ignore(advance: float = 1, *, total: float | None = None) -> None:

@@ -22,8 +22,6 @@ WRITTEN = (
 )
 #: The bytes that the old short hashes look at.
 WINDOW = (0x100000, 0x110000)
-#: SHA-256 of nothing: what old hashes of small files and broken tools give; it says nothing.
-NOTHING = hashlib.sha256().hexdigest()
 
 
 @dataclass(frozen=True)

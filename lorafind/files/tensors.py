@@ -58,16 +58,25 @@ def as_tensor(info: TensorInfo, raw: memoryview | bytearray) -> Tensor:
 def fetch_stored(stored: Stored) -> Callable[[str], Tensor]:
     """A function that gives a loaded file's tensors by key, without copies."""
     tensors, data = stored.header.tensors, stored.data
+    flats: dict[str, tuple[Tensor, int]] = {}
+
+    def flat(dtype: str) -> tuple[Tensor, int]:
+        """The whole data section as numbers of one dtype, and their size."""
+        kind = DTYPES[dtype]
+        found = torch.frombuffer(data, dtype=kind, count=len(data) // kind.itemsize)
+        flats[dtype] = found, kind.itemsize
+        return flats[dtype]
 
     def fetch(key: str) -> Tensor:
         info = tensors[key]
-        dtype = DTYPES.get(info.dtype)
-        if dtype is None or info.begin == info.end or info.begin % dtype.itemsize:
-            return as_tensor(info, data[info.begin : info.end])
+        dtype, shape, begin, end = info
+        if dtype not in DTYPES or begin == end:
+            return as_tensor(info, data[begin:end])
+        whole, size = flats.get(dtype) or flat(dtype)
+        if begin % size:
+            return as_tensor(info, data[begin:end])
         # The data section begins on a machine word, so the offset alone tells the alignment.
-        return torch.frombuffer(
-            data, dtype=dtype, count=(info.end - info.begin) // dtype.itemsize, offset=info.begin
-        ).view(info.shape)
+        return whole[begin // size : end // size].view(shape)
 
     return fetch
 

@@ -20,9 +20,23 @@ OTHER = "other:"
 SHARED = 0.5
 
 
+def kinds(architecture: str) -> tuple[str, ...]:
+    """The architectures that a LoRA may be of: ``sd1|sd2`` cannot be told apart by its modules."""
+    return tuple(architecture.split("|"))
+
+
+def comparable(a: str, b: str) -> bool:
+    """True where two LoRAs may be of one architecture."""
+    return a == b or not set(kinds(a)).isdisjoint(kinds(b))
+
+
 def series_of(architecture: str) -> str:
-    """The key of the identity series of an architecture: unknown models share one."""
-    return architecture.partition(":")[0]
+    """The key of the identity series of an architecture.
+
+    The U-Nets of Stable Diffusion share one, as a LoRA may leave open which of them it is for;
+    unknown models share another.
+    """
+    return "sd" if architecture.startswith("sd") else architecture.partition(":")[0]
 
 
 @dataclass

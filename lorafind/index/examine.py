@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from lorafind.files import sidecars
 from lorafind.files.safetensors import STREAM_ABOVE
 from lorafind.files.scan import Found, probe
-from lorafind.formats.adapter import Adapter, ModulePlan
+from lorafind.formats.adapter import ModulePlan
 from lorafind.formats.delta import Delta
 from lorafind.formats.groups import GROUPS
 from lorafind.formats.read import Reading, read
@@ -120,6 +121,7 @@ class _Sketching:
         self._waiting: list[tuple[Any, Delta]] = []
         self._bytes = 0
         self.scales: list[tuple[str, float]] = []
+        self.alphas: list[str] = []
 
     def __enter__(self) -> _Sketching:
         return self
@@ -136,10 +138,12 @@ class _Sketching:
 
     def visit(self, module: ModulePlan, delta: Delta) -> None:
         """Take a module in."""
-        if module.alpha is None and delta.scale != 1.0:
+        if module.alpha is not None and not module.place.vector:
+            self.alphas.append(f"{delta.scale * module.rank:g}")
+        elif delta.scale != 1.0:
             self.scales.append((module.name, delta.scale))
         self._waiting.append((module.place, delta))
-        self._bytes += sum(t.numel() * t.element_size() for t in delta.tensors().values())
+        self._bytes += 4 * module.rank * sum(module.shape)
         if self._bytes > _BATCH:
             self.flush()
 
@@ -176,7 +180,7 @@ def _make(
         plan.family,
         plan.spelling,
         _histogram(str(m.rank) for m in plan.modules if not m.place.vector),
-        _alphas(adapter),
+        _histogram(sketching.alphas),
         adapter.dtype,
         adapter.effective_dtype,
         facts,
@@ -214,7 +218,7 @@ def _facts(path: str, reading: Reading) -> dict[str, Any]:
     """Name, trigger words, base model and training facts, as far as anything says them."""
     assert reading.header is not None
     inside = sidecars.facts_from_metadata(reading.header.metadata)
-    beside = sidecars.read_sidecars(path)
+    beside = sidecars.read_sidecars(path, _names(os.path.dirname(path), time.time() // 2))
     told = {key: value for key, value in asdict(inside).items() if value}
     told["name"] = sidecars.display_name(path, beside, inside)
     words = dict.fromkeys((*beside.trigger_words, *inside.trigger_words))
@@ -226,16 +230,17 @@ def _facts(path: str, reading: Reading) -> dict[str, Any]:
     return told
 
 
+@lru_cache(maxsize=64)
+def _names(folder: str, moment: float) -> set[str]:
+    """What stands in a folder, listed once in two seconds and not for every file in it."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
+
+
 def _histogram(values: Any) -> dict[str, int]:
     return dict(Counter(values).most_common())
-
-
-def _alphas(adapter: Adapter) -> dict[str, int]:
-    return _histogram(
-        f"{float(adapter.fetch(m.alpha)):g}"
-        for m in adapter.plan.modules
-        if m.alpha is not None and not m.place.vector
-    )
 
 
 def _digest(tensor: torch.Tensor) -> str:

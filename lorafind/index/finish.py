@@ -18,18 +18,16 @@ def finish(store: Store, watch: Progress) -> int:
     """Name unknown models, prove relations, fit bases; returns how many relations are new."""
     classes.settle(store)
     found = relate(store, watch)
-    architectures = [
-        row[0] for row in store.conn.execute("SELECT DISTINCT architecture FROM loras ORDER BY 1")
-    ]
-    for architecture in architectures:
+    rows = store.conn.execute("SELECT DISTINCT architecture FROM loras").fetchall()
+    architectures = {kind for (architecture,) in rows for kind in classes.kinds(architecture)}
+    for architecture in sorted(architectures):
         watch.stage(f"Basis of {architecture}", 0, 0)
         stored.refresh(store, architecture)
-    live = set(architectures)
     for basis in store.basis_ids():
         owner = store.conn.execute(
             "SELECT architecture, kind FROM bases WHERE id = ?", (basis,)
         ).fetchone()
-        if owner[1] == "collection" and owner[0] not in live:
+        if owner[1] == "collection" and owner[0] not in architectures:
             with store.batch():
                 store.drop_basis(basis)
     return found

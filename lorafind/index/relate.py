@@ -6,22 +6,25 @@ from the sketches, and tried again by the next run.
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
 from lorafind.files.outcome import NotAnAdapter
 from lorafind.files.scan import join
 from lorafind.index import rows
-from lorafind.index.classes import series_of
+from lorafind.index.classes import comparable, series_of
 from lorafind.index.progress import Progress
 from lorafind.index.store import Store
 from lorafind.relations.candidates import RELATION_VERSION, Identities, candidates, estimate
 from lorafind.relations.grades import Relation
+from lorafind.signatures.constants import SIGNATURE_VERSION
 
 #: The grade of a candidate that waits for its proof.
 LIKELY = "likely"
@@ -78,19 +81,19 @@ class _Work:
 
 
 def relate(store: Store, watch: Progress) -> int:
-    """Prove every candidate pair that has not been looked at; returns how many relations are new."""
+    """Prove every candidate pair that is new; returns how many relations were found."""
     found = 0
     for key in _open_series(store):
         known, layouts = identities(store, key)
         if not len(known.ids):
             continue
-        mark = int(store.get_meta(_mark(key), 0))
+        mark = int(store.get_meta(mark_of(key), 0))
         new = np.flatnonzero(known.ids > mark)
         work = list(_pairs(store, known, layouts, new))
         watch.stage("Proving relations", len(work), 0)
         found += _prove_all(store, work, watch)
         with store.batch():
-            store.set_meta(_mark(key), int(known.ids.max()))
+            store.set_meta(mark_of(key), int(known.ids.max()))
     _store_families(store)
     return found
 
@@ -117,22 +120,29 @@ def _open_series(store: Store) -> list[str]:
     return [
         key
         for key, number in sorted(newest.items())
-        if waiting or number > int(store.get_meta(_mark(key), 0))
+        if waiting or number > int(store.get_meta(mark_of(key), 0))
     ]
 
 
-def _mark(key: str) -> str:
+def mark_of(key: str) -> str:
     """The entry of ``meta`` that says up to which LoRA a series has been compared."""
-    return f"related/{RELATION_VERSION}/{key}"
+    return f"related/{RELATION_VERSION}.{SIGNATURE_VERSION}/{key}"
 
 
-def identities(store: Store, key: str) -> tuple[Identities, dict[int, list[str]]]:
-    """Everything that candidates need of one identity series, and layout → module names."""
+def identities(
+    store: Store, key: str, only: Collection[int] | None = None
+) -> tuple[Identities, dict[int, list[str]]]:
+    """Everything that candidates need of one identity series, and layout → module names.
+
+    only: the LoRAs that are wanted, None for all.
+    """
     ids, records = [], []
+    wanted = None if only is None else np.fromiter(only, np.int64, len(only))
     for block, rows_ in store.chunks.scan("identity", key):
-        ids.append(np.array(block))
-        records.append(np.array(rows_))
-    if not ids:
+        kept = slice(None) if wanted is None else np.isin(block, wanted)
+        ids.append(np.array(block[kept]))
+        records.append(np.array(rows_[kept]))
+    if not any(map(len, ids)):
         empty = np.empty(0, np.int64)
         return Identities(empty, empty, np.empty(0), np.empty(0), []), {}
     order = np.argsort(np.concatenate(ids))
@@ -140,7 +150,11 @@ def identities(store: Store, key: str) -> tuple[Identities, dict[int, list[str]]
     record = np.concatenate(records)[order]
     facts = {
         lora: (layout, np.frombuffer(norms, "<f4"))
-        for lora, layout, norms in store.conn.execute("SELECT id, layout, norms FROM loras")
+        for lora, layout, norms in store.conn.execute(
+            "SELECT id, layout, norms FROM loras WHERE ?1 IS NULL "
+            "OR id IN (SELECT value FROM json_each(?1))",
+            (None if only is None else json.dumps(sorted(only)),),
+        )
     }
     layouts = np.array([facts[int(i)][0] for i in numbers], np.int64)
     names = {int(k): [m.name for m in store.layout(int(k))[1]] for k in np.unique(layouts).tolist()}
@@ -162,6 +176,8 @@ def _pairs(
     }
     pairs = {(min(p), max(p)) for p in pairs} - done
     pairs |= {p for p in waiting if p[0] in position and p[1] in position}
+    models = dict(store.conn.execute("SELECT id, architecture FROM loras"))
+    pairs = {p for p in pairs if comparable(models[p[0]], models[p[1]])}
     ranks = dict(store.conn.execute("SELECT id, ranks FROM loras"))
     work = []
     for x, y in pairs:
@@ -210,8 +226,8 @@ def _prove_all(store: Store, work: list[_Work], watch: Progress) -> int:
                     same = families.head(item.x) == families.head(item.y)
                     if not (item.weak and same and families.size(item.x) > CROWD):
                         batch.append(item)
-                places = {i: _place(store, i) for item in batch for i in (item.x, item.y)}
-                for row in pool.map(lambda item: _prove(item, places), batch):
+                places = {i: place_of(store, i) for item in batch for i in (item.x, item.y)}
+                for row in pool.map(_prove, batch, repeat(places)):
                     ready.append(row)
                     if row.grade and row.grade != LIKELY:
                         families.join(row.x, row.y)
@@ -232,7 +248,7 @@ def _keep(store: Store, ready: list[rows.Relation]) -> None:
             store.put_relations(ready)
 
 
-def _place(store: Store, lora: int) -> tuple[str, int, int] | None:
+def place_of(store: Store, lora: int) -> tuple[str, int, int] | None:
     """A path that holds the LoRA, with the size and mtime that it had when it was read."""
     row = store.conn.execute(
         "SELECT r.path, f.path, f.size, f.mtime_ns FROM files f JOIN roots r ON r.id = f.root "

@@ -443,8 +443,11 @@ class Store:
             ),
         )
 
-    def basis(self, basis_id: str) -> StoredBasis | None:
-        """A basis with its arrays (read-only), None where there is none of this id."""
+    def basis(self, basis_id: str, without: str | None = None) -> StoredBasis | None:
+        """A basis with its arrays (read-only), None where there is none of this id.
+
+        without: arrays whose names end so are left out.
+        """
         row = self.conn.execute(
             "SELECT architecture, kind, version, facts, made_ns FROM bases WHERE id = ?",
             (basis_id,),
@@ -454,7 +457,9 @@ class Store:
         parts = {
             name: np.frombuffer(data, dtype_from_text(dtype)).reshape(json.loads(shape))
             for name, dtype, shape, data in self.conn.execute(
-                "SELECT name, dtype, shape, data FROM basis_parts WHERE basis = ?", (basis_id,)
+                "SELECT name, dtype, shape, data FROM basis_parts "
+                "WHERE basis = ? AND (?2 IS NULL OR substr(name, -length(?2)) != ?2)",
+                (basis_id, without),
             )
         }
         architecture, kind, version, facts, made_ns = row

@@ -12,10 +12,13 @@ sketched inner product d of two strangers):
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 #: Version of candidates and proofs: relations of another one are looked for again.
 RELATION_VERSION = 1
@@ -26,7 +29,9 @@ SEGMENT_COSINE = 0.75
 PROFILE = 0.02
 PROFILE_MODULES = 6
 DIMENSIONS = 128
-_ROWS = 1024
+#: Rows of one side that are kept converted, and the edge of a tile.
+_ROWS = 4096
+_TILE = 512
 
 
 @dataclass
@@ -62,63 +67,87 @@ def candidates(
             yield np.array(sorted(set(fresh)))
 
 
+@dataclass
+class _Rows:
+    """Some LoRAs, ready for products.
+
+    where: positions; unit: segments × n × 128 float32, each row over its exact norm; share:
+    segments × n float32, of each segment in ‖ΔW‖.
+    """
+
+    where: np.ndarray
+    unit: np.ndarray
+    share: np.ndarray
+    layouts: np.ndarray
+
+    def part(self, start: int) -> _Rows:
+        """A tile of it."""
+        tile = slice(start, start + _TILE)
+        return _Rows(self.where[tile], self.unit[:, tile], self.share[:, tile], self.layouts[tile])
+
+
 def _by_sketch(
     known: Identities, layouts: Mapping[int, list[str]], wanted: np.ndarray
 ) -> Iterator[list[tuple[int, int]]]:
-    n = len(known.ids)
     total = np.sqrt((known.norms**2).sum(1, keepdims=True))
     share = np.divide(known.norms, total, out=np.zeros_like(known.norms), where=total > 0)
-    share = share.astype(np.float32)
-    rows = np.flatnonzero(wanted)
-    segments = [s for s in range(share.shape[1]) if np.count_nonzero(share[:, s]) > 1]
-    for start in range(0, len(rows), _ROWS):
-        left = rows[start : start + _ROWS]
-        a = known.sketch[left].astype(np.float32)
-        for begin in range(0, n, _ROWS):
-            right = np.arange(begin, min(begin + _ROWS, n))
-            if wanted[right].all() and right[0] > left[-1]:
-                continue
-            b = known.sketch[right].astype(np.float32)
-            yield _block(known, layouts, share, segments, (left, a), (right, b), wanted)
+    used = np.flatnonzero(np.count_nonzero(share, axis=0) > 1)
+    share = share[:, used].T.astype(np.float32, order="C")
+
+    def rows(where: np.ndarray) -> _Rows:
+        unit = known.sketch[where][:, used].transpose(1, 0, 2).astype(np.float32, order="C")
+        return _Rows(where, unit, share[:, where], known.layouts[where])
+
+    # LoRAs of one layout side by side make tiles for which the quick test is enough.
+    order = np.argsort(known.layouts, kind="stable")
+    mine, rest = order[wanted[order]], order[~wanted[order]]
+
+    def column(left: _Rows, start: int, others: np.ndarray, first: int) -> list[tuple[int, int]]:
+        """Candidates between all rows of ``left`` and one tile of the others."""
+        right = rows(others[first : first + _TILE])
+        return [
+            pair
+            for offset in range(0, len(left.where), _TILE)
+            if others is rest or start + offset <= first
+            for pair in _tile(known, layouts, left.part(offset), right)
+        ]
+
+    # One thread per core on tiles of its own beats the threads of BLAS on small matrices.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(mine), _ROWS):
+            left = rows(mine[start : start + _ROWS])
+            work = [(mine, first) for first in range(start, len(mine), _TILE)]
+            work += [(rest, first) for first in range(0, len(rest), _TILE)]
+            yield from pool.map(
+                lambda item, left=left, start=start: column(left, start, *item), work
+            )
 
 
-def _block(
-    known: Identities,
-    layouts: Mapping[int, list[str]],
-    share: np.ndarray,
-    segments: list[int],
-    one: tuple[np.ndarray, np.ndarray],
-    two: tuple[np.ndarray, np.ndarray],
-    wanted: np.ndarray,
+def _tile(
+    known: Identities, layouts: Mapping[int, list[str]], left: _Rows, right: _Rows
 ) -> list[tuple[int, int]]:
-    (left, a), (right, b) = one, two
-    squares = share[left] ** 2, share[right] ** 2
-    d = _flat(a * share[left][:, :, None]) @ _flat(b * share[right][:, :, None]).T
-    variance = squares[0] @ squares[1].T
-    variance *= SIGMAS**2 / DIMENSIONS
-    hits = (d * d >= variance) & (variance > 0)
-    pairs = []
-    for i, j in np.argwhere(hits).tolist():
-        x, y = int(left[i]), int(right[j])
-        if _once(x, y, wanted) and abs(d[i, j]) >= LEAST_COSINE * _common(known, layouts, x, y):
-            pairs.append((x, y))
-    for s in segments:
-        cosine = a[:, s] @ b[:, s].T
-        if max(cosine.max(), -cosine.min()) < SEGMENT_COSINE:
-            continue
-        for i, j in np.argwhere(np.abs(cosine) >= SEGMENT_COSINE).tolist():
-            if _once(x := int(left[i]), y := int(right[j]), wanted):
-                pairs.append((x, y))
-    return pairs
-
-
-def _flat(x: np.ndarray) -> np.ndarray:
-    return x.reshape(len(x), -1)
-
-
-def _once(x: int, y: int, wanted: np.ndarray) -> bool:
-    """True for one of the two orders in which a pair comes up."""
-    return x > y or (x < y and not wanted[y])
+    """Candidates of one tile, which stays in the processor's cache."""
+    d = np.zeros((len(left.where), len(right.where)), np.float32)
+    cosine = np.empty_like(d)
+    hits: list[tuple[int, int]] = []
+    for s, (a, b) in enumerate(zip(left.unit, right.unit, strict=True)):
+        np.matmul(a, b.T, out=cosine)
+        if max(cosine.max(), -cosine.min()) >= SEGMENT_COSINE:
+            hits += map(tuple, np.argwhere(np.abs(cosine) >= SEGMENT_COSINE).tolist())
+        cosine *= left.share[s][:, None]
+        cosine *= right.share[s]
+        d += cosine
+    one = left.layouts[0]
+    uniform = bool((left.layouts == one).all() and (right.layouts == one).all())
+    if not uniform or max(d.max(), -d.min()) >= LEAST_COSINE:
+        variance = (left.share**2).T @ right.share**2
+        variance *= SIGMAS**2 / DIMENSIONS
+        for i, j in np.argwhere((d * d >= variance) & (variance > 0)).tolist():
+            x, y = int(left.where[i]), int(right.where[j])
+            if x != y and abs(d[i, j]) >= LEAST_COSINE * _common(known, layouts, x, y):
+                hits.append((i, j))
+    pairs = [(int(left.where[i]), int(right.where[j])) for i, j in hits]
+    return [(x, y) for x, y in pairs if x != y]
 
 
 def _common(known: Identities, layouts: Mapping[int, list[str]], x: int, y: int) -> float:

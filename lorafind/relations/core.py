@@ -268,7 +268,7 @@ def measure(x: Delta, y: Delta, x_dtype: str, y_dtype: str) -> Match:
     xy = float((x_hat * y_hat).sum()) if xx and yy else 0.0
     x_rank, y_rank = rank_bound(x), rank_bound(y)
     x_parts, y_parts = (
-        delta.rounding_parts(_computed(dtype, min(x_rank, y_rank)))
+        delta.rounding_parts(_computed(dtype, min(x.rank, y.rank)))
         for delta, dtype in ((x, x_dtype), (y, y_dtype))
     )
     return Match(

@@ -67,7 +67,8 @@ def info(
       dtype, effective_dtype (the coarsest through which the weights round-trip);
       facts (training, from the header; as in :class:`Facts`), config (of adapter_config.json),
       hints (what texts say of the architecture), sidecar (as in :class:`Sidecar`);
-      embeddings (list of name, tensors, vectors, width), extras (name → key of what acts beside ΔW);
+      embeddings (list of name, tensors, vectors, width), extras (name → key of what acts beside
+      ΔW);
       hashes (sha256, autov1, autov2, autov3, sshs_model_hash, sshs_legacy_hash, content),
       recorded (list of name, value, stale: hashes that the file or a sidecar claims; stale None
       where that cannot be told); unknown_keys (not understood), notes (sentences);
@@ -100,7 +101,7 @@ class _File:
     adapter: Adapter | None = None
     sha256: str | None = None
     data_sha256: str | None = None
-    hashes: hashes.Hashes | None = None
+    digests: hashes.Hashes | None = None
     weighed: dict[str, _Weighed] = field(default_factory=dict)
 
     # -- reading
@@ -146,10 +147,12 @@ class _File:
             stored = None
         self.header = self.header or stored
         try:
-            self.hashes = hashes.hashes(self.path, stored, self.sha256, self.data_sha256)
+            # A PyTorch file has no data section of its own.
+            data = self.data_sha256 if stored is not None else None
+            self.digests = hashes.hashes(self.path, stored, self.sha256, data)
         except NotAnAdapter:
             # The reason stands in the outcome: what cannot be read has no hash.
-            self.hashes = None
+            self.digests = None
 
     # -- telling
 
@@ -194,8 +197,11 @@ class _File:
                 **{"ranks": {}, "alphas": {}, "per_module": []},
             }
         rows = [self._module(module) for module in plan.modules]
-        ranks = Counter(row["rank"] for row in rows if not _is_vector(plan, row["name"]))
-        ranks = ranks or Counter(row["rank"] for row in rows)
+        weights = [
+            row for row, module in zip(rows, plan.modules, strict=True) if not module.place.vector
+        ]
+        # Biases and norms have a rank of 1 by their form, which says nothing.
+        ranks = Counter(row["rank"] for row in weights or rows)
         known = self.adapter is not None
         alphas = Counter(row["alpha"] for row in rows) if known else Counter()
         scales = {row["scale"] for row in rows}
@@ -259,12 +265,12 @@ class _File:
         }
 
     def _hashes(self) -> dict[str, str | None]:
-        if self.hashes is None:
+        if self.digests is None:
             return {}
         content = None
         if self.header is not None and self.data_sha256 is not None:
             content = self.header.content(self.data_sha256)
-        return {**self.hashes.to_json(), "content": content}
+        return {**self.digests.to_json(), "content": content}
 
     def _recorded(self, facts: sidecars.Facts, beside: sidecars.Sidecar) -> list[hashes.Recorded]:
         claims = dict(facts.claimed_hashes)
@@ -272,9 +278,9 @@ class _File:
             claims["sidecar sha256"] = beside.sha256
         header = self.header
         if header is None:
-            return hashes.recorded(claims, self.hashes)
+            return hashes.recorded(claims, self.digests)
         by_name = partial(hashes.by_sorted_name, self.path, header)
-        return hashes.recorded(claims, self.hashes, by_name)
+        return hashes.recorded(claims, self.digests, by_name)
 
 
 def _written(plan: Plan | None, header: Header | None) -> dict[str, Any]:
@@ -300,10 +306,6 @@ def _size(path: Path) -> int | None:
 def _only(counts: Counter[Any]) -> Any:
     """The one value that all have."""
     return next(iter(counts)) if len(counts) == 1 else None
-
-
-def _is_vector(plan: Plan, name: str) -> bool:
-    return any(module.place.vector for module in plan.modules if module.name == name)
 
 
 def _embeddings(plan: Plan | None, header: Header | None) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lorafind.bases.collection import SPACES, WEIGHTS
-from lorafind.bases.stored import Basis, by_group, embed, members
+from lorafind.bases.stored import Basis, by_group, current, embed, members
 from lorafind.formats import groups as group_bits
 from lorafind.index.rows import Module, StoredSignature
 from lorafind.index.store import Store
@@ -41,17 +41,16 @@ class Scored:
 
 
 def default_groups(bits: int) -> tuple[str, ...]:
-    """The groups of U-Net or transformer that a LoRA has; its text encoders where it has no other."""
+    """A LoRA's groups of U-Net or transformer; its text encoders where it has no others."""
     has = group_bits.names(bits)
     return tuple(g for g in has if g in SPACES["model"]) or has
 
 
 def by_basis(store: Store, basis: Basis, query: Query, wanted: Sequence[str]) -> Scored:
     """Cosines in the basis, over the groups that both LoRAs have; streams the embeddings."""
-    style = {g: row[None] for g, row in by_group(query.signature).items()}
-    record, parts = embed(basis, style, np.array([query.layout]))
+    parts = _parts(store, basis, query)
     families = dict(store.conn.execute("SELECT lora, family FROM families"))
-    own = set(group_bits.names(int(record["groups"][0]))) & set(basis.groups) & set(wanted)
+    own = set(group_bits.names(query.signature.groups)) & set(basis.groups) & set(wanted)
     ids, layouts, scores = [], [], []
     cache: dict[int, np.ndarray] = {}
     lacking: list[np.ndarray] = []
@@ -85,6 +84,18 @@ def by_basis(store: Store, basis: Basis, query: Query, wanted: Sequence[str]) ->
     )
 
 
+def _parts(store: Store, basis: Basis, query: Query) -> np.ndarray:
+    """p_g of the query, 1 × width: stored, or from its signature."""
+    if query.lora is not None:
+        row = store.chunks.get("parts", basis.id, query.lora)
+        if row is not None:
+            return np.asarray(row)[None]
+    whole = current(store, basis.architecture)
+    assert whole is not None and whole.id == basis.id
+    style = {g: row[None] for g, row in by_group(query.signature).items()}
+    return embed(whole, style, np.array([query.layout]))[1]
+
+
 def _by_parts(
     store: Store, basis: Basis, parts: np.ndarray, own: set[str], which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,12 +124,12 @@ def _by_parts(
     return np.concatenate(ids), np.concatenate(layouts), np.concatenate(scores)
 
 
-def plain(store: Store, query: Query, wanted: Sequence[str]) -> Scored:
+def plain(store: Store, architecture: str, query: Query, wanted: Sequence[str]) -> Scored:
     """Without a basis: inner products of the sketches over the modules in common.
 
     A module has one vote, so that the number of common modules is the denominator.
     """
-    ids, layouts, families = members(store, query.architecture)
+    ids, layouts, families = members(store, architecture)
     mine = {g: row.astype(np.float32) for g, row in by_group(query.signature).items()}
     my_scales = _scales(query.signature)
     names = _by_name(query.modules)

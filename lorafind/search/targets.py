@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,16 @@ class NoSuchTarget(IndexProblem):
 class Hit:
     """A target in the index: a LoRA with one of its paths, or a refused file.
 
-    lora: None for a refused one, whose status and reason then tell why.
+    lora: None for a refused one, whose status and reason then tell why. sha256: of the bytes that
+    were read; presence: ``here``, ``gone`` or ``offline``.
     """
 
     path: str
     lora: int | None
     status: str
     reason: str
+    sha256: str | None = None
+    presence: str = "here"
 
 
 def find(store: Store, target: str) -> Hit | None:
@@ -56,30 +60,26 @@ def _by_path(store: Store, path: str, anyway: bool = False) -> Hit | None:
             else:
                 continue
             row = store.conn.execute(
-                "SELECT f.lora, f.status, f.reason, f.size, f.mtime_ns, s.version FROM files f "
-                "LEFT JOIN signatures s ON s.lora = f.lora WHERE f.root = ? AND f.path = ?",
+                "SELECT f.lora, f.status, f.reason, f.sha256, f.presence, f.size, f.mtime_ns, "
+                "s.version FROM files f LEFT JOIN signatures s ON s.lora = f.lora "
+                "WHERE f.root = ? AND f.path = ?",
                 (root_id, below),
             ).fetchone()
             if row is None:
                 continue
-            stale = row[0] is not None and row[5] != SIGNATURE_VERSION
+            stale = row[0] is not None and row[7] != SIGNATURE_VERSION
             if not anyway:
                 facts = os.stat(place)
-                stale = stale or (facts.st_size, facts.st_mtime_ns) != (row[3], row[4])
-            return None if stale else Hit(path, *row[:3])
+                stale = stale or (facts.st_size, facts.st_mtime_ns) != (row[5], row[6])
+            return None if stale else Hit(path, *row[:5])
     return None
 
 
 def _by_name(store: Store, target: str) -> Hit:
-    rows = store.conn.execute(
-        "SELECT r.path, f.path, f.lora, f.status, f.reason, "
-        "json_extract(l.facts, '$.name') FROM files f JOIN roots r ON r.id = f.root "
-        "LEFT JOIN loras l ON l.id = f.lora ORDER BY f.id"
-    )
     exact: list[Hit] = []
     part: list[Hit] = []
     folded = target.casefold()
-    for root, below, lora, status, reason, name in rows:
+    for root, below, lora, status, reason, name in _rows_with(store, target):
         full = os.fsdecode(join(root, below))
         stem = os.path.splitext(os.path.basename(full))[0]
         if folded in (stem.casefold(), os.path.basename(full).casefold(), (name or "").casefold()):
@@ -92,12 +92,27 @@ def _by_name(store: Store, target: str) -> Hit:
         if hits:
             some = ", ".join(os.path.basename(hit.path) for hit in hits[:3])
             raise NoSuchTarget(
-                f"{target!r} fits {len(hits)} files in the index ({some}, …): give more of the name."
+                f"{target!r} fits {len(hits)} indexed files ({some}, …): give more of the name."
             )
     raise NoSuchTarget(
         f"{target!r} is neither a file nor a name in the index at {store.path}: check the path, or "
         "run `lorafind ls` to see the names."
     )
+
+
+def _rows_with(store: Store, target: str) -> Iterator[Any]:
+    """Files whose path or display name may hold the target."""
+    query = (
+        "SELECT r.path, f.path, f.lora, f.status, f.reason, json_extract(l.facts, '$.name') "
+        "FROM files f JOIN roots r ON r.id = f.root LEFT JOIN loras l ON l.id = f.lora"
+    )
+    if not target.isascii():
+        # SQLite folds the case of ASCII only: everything is looked at here.
+        yield from store.conn.execute(query)
+        return
+    like = "%" + target.replace("!", "!!").replace("%", "!%").replace("_", "!_") + "%"
+    whole = "CAST(r.path AS TEXT) || '/' || CAST(f.path AS TEXT) LIKE ?1 ESCAPE '!'"
+    yield from store.conn.execute(f"{query} WHERE {whole} OR l.facts LIKE ?1 ESCAPE '!'", (like,))
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,10 @@ def style_sketch(block: Block) -> tuple[np.ndarray, float] | None:
         share = block.traces * factor / torch.tensor(block.widths, device=left.device)
         grid -= trace_part(block.places, share, block.widths, left.device)
     half = signs.ROWS // 2
-    return (grid[:half] + grid[half:]).reshape(STYLE).cpu().numpy(), float(vote.square().sum())
+    # Shifted by a column, two cells that meet share neither row nor column, so that a module of
+    # rank 1 is folded as well as any.
+    folded = grid[:half] + grid[half:].roll(1, 1)
+    return folded.reshape(STYLE).cpu().numpy(), float(vote.square().sum())
 
 
 def signature(blocks: list[Block]) -> Signature:

@@ -86,7 +86,7 @@ def test_parts(architecture: str, keep: Callable[[str], bool], found: str) -> No
 
 
 def test_one_layer_among_many_tells() -> None:
-    rows = of("sd1", lambda p: "attn1" in p or "down_blocks.0.attentions.0" in p and "attn2" in p)
+    rows = of("sd1", lambda p: "attn1" in p or ("down_blocks.0.attentions.0" in p and "attn2" in p))
     assert plan(rows).architecture == "sd1"
 
 
@@ -124,6 +124,12 @@ def test_a_text_encoder_decides_what_the_unet_leaves_open() -> None:
     rows = of("sd1", lambda p: "attn1" in p, prefix="lora_unet_")
     assert plan(rows + text("te", "lora_te_")).architecture == "sd2"
     assert plan(rows + text("te1", "lora_te1_")).architecture == "sd1"
+
+
+def test_a_foreign_text_encoder_is_said() -> None:
+    found = plan(of("sd1", lambda p: "attn" in p, prefix="lora_unet_") + text("te", "lora_te_"))
+    assert found.architecture == "sd1"
+    assert any("text encoder" in note for note in found.notes)
 
 
 def test_sdxl_with_both_encoders() -> None:

@@ -347,6 +347,14 @@ def test_a_better_part_does_not_go_for_a_coarser_whole() -> None:
     assert relation.dominates == (False, False)
 
 
+def test_f16_that_runs_out_of_range_does_not_dominate_bf16() -> None:
+    x: Modules = {
+        name: LowRank(d.up * 5e-4, d.down, d.scale) for name, d in made.lows(kept(BASE, unet))
+    }
+    relation = proved(cast(x, F16), cast(x, BF16))
+    assert (relation.grade, relation.dominates) == ("weights", (False, False))
+
+
 def test_neither_goes_where_rank_and_precision_disagree() -> None:
     padded: Modules = {
         name: LowRank(
@@ -415,6 +423,20 @@ def test_other_extras_bar_every_proof() -> None:
 def test_extras_of_the_smaller_adapter_bar_a_part() -> None:
     relation = prove(adapter(BASE), adapter(kept(BASE, unet), extras={"token": torch.ones(4)}))
     assert relation is not None and relation.grade == "near"
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e5])
+def test_rounding_that_could_explain_anything_proves_nothing(condition: float) -> None:
+    x, y = BASE, cast(made.refactored(BASE, condition=condition), BF16)
+    relation = prove(adapter(x), adapter(y))
+    assert relation is None or not relation.proved
+
+
+def test_one_more_key_in_the_same_spelling() -> None:
+    relation = prove(adapter(BASE), adapter(BASE, unknown={"odd": torch.ones(3)}))
+    assert relation is not None and relation.grade == "weights"
+    relation = prove(adapter(BASE), adapter(BASE, extras={"token": torch.ones(3)}))
+    assert relation is not None and relation.grade == "part"
 
 
 def test_keys_that_nobody_understands_keep_their_file() -> None:

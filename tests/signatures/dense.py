@@ -54,5 +54,5 @@ def identity_fold(g: np.ndarray) -> np.ndarray:
 
 
 def style_fold(g: np.ndarray) -> np.ndarray:
-    """Upper and lower half added up."""
-    return (g[:128] + g[128:]).ravel()
+    """Upper half and lower half, this one shifted by a column, added up."""
+    return (g[:128] + np.roll(g[128:], 1, axis=1)).ravel()

@@ -1,0 +1,151 @@
+"""Planted indexes: rows as ``lorafind index`` would write them, without any file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from lorafind.bases.collection import Space
+from lorafind.bases.stored import Basis, to_stored
+from lorafind.files.scan import Found
+from lorafind.index.rows import FileFacts, LoraFacts, Module, StoredSignature
+from lorafind.index.store import Store
+from lorafind.signatures.constants import (
+    DIMENSIONS,
+    IDENTITY,
+    SEGMENTS,
+    SIGNATURE_VERSION,
+    STYLE,
+    VERSION,
+)
+from tests.benchmarks.files import modules
+
+GROUPS = ("self_attn", "cross_attn", "ff")
+COMPONENTS = 64
+
+
+def layout() -> list[Module]:
+    """The modules of an SD1.5 LoRA."""
+    found = []
+    for name, o, n in modules("sd1"):
+        kind = {"attn1": "self_attn", "attn2": "cross_attn", "ff_net": "ff"}
+        group = next((g for sign, g in kind.items() if sign in name), "other")
+        found.append(Module(f"unet/{name}", group, o, n, False, name.startswith(("mid", "up"))))
+    return found
+
+
+def identities(n: int, seed: int, norms: int = 192) -> tuple[np.ndarray, np.ndarray]:
+    """n random identity records of SD1.5 U-Nets, and their module norms."""
+    rng = np.random.default_rng(seed)
+    record = np.zeros(n, IDENTITY)
+    used = [k for k, name in enumerate(SEGMENTS) if not name.startswith("te")]
+    for start in range(0, n, 4096):
+        block = record[start : start + 4096]
+        size = (len(block), len(used), DIMENSIONS)
+        block["sketch"][:, used] = rng.standard_normal(size, np.float32) / DIMENSIONS**0.5
+        block["norms"][:, used] = rng.uniform(0.5, 2.0, (len(block), len(used)))
+    return record, rng.uniform(0.1, 1.0, (n, norms)).astype(np.float32)
+
+
+def fill(db: Path, n: int, folder: Path, styles: int = 64, with_identity: bool = True) -> None:
+    """An index of n LoRAs of one architecture with embeddings; ``styles`` of them can be queries."""
+    rng = np.random.default_rng(1)
+    record, norms = identities(n, 2) if with_identity else (None, None)
+    with Store.open(db, "write") as store:
+        (target,) = store.targets([folder])
+        with store.batch():
+            where = store.put_layout("sd1", layout())
+        for start in range(0, n, 2000):
+            with store.batch():
+                for k in range(start, min(start + 2000, n)):
+                    _lora(store, k, where, target.root, None if norms is None else norms[k])
+                    if k < styles:
+                        store.put_signature(k + 1, signature(rng))
+                if record is not None:
+                    ids = np.arange(start, min(start + 2000, n)) + 1
+                    store.chunks.append_many("identity", "sd", ids, record[ids - 1])
+        _basis(store, n, where, rng)
+
+
+def signature(rng: np.random.Generator) -> StoredSignature:
+    """A random style signature."""
+    style = rng.integers(-127, 128, (len(GROUPS), STYLE)).astype(np.int8)
+    return StoredSignature(
+        SIGNATURE_VERSION, 0b111, np.ones(3, np.float32), np.full(3, 64.0), style
+    )
+
+
+def _lora(store: Store, k: int, where: int, root: bytes, norms: np.ndarray | None) -> None:
+    norms = np.ones(192, np.float32) if norms is None else norms
+    facts = LoraFacts(
+        content=f"{k:064x}",
+        data_sha256=f"{k:064x}",
+        architecture="sd1",
+        family="lora",
+        spelling="kohya",
+        ranks={"16": 192},
+        alphas={"8": 192},
+        dtype="F16",
+        effective_dtype="F16",
+        layout=where,
+        norm=1.0,
+        norms=norms,
+        version=VERSION,
+        facts={"name": f"lora {k}"},
+    )
+    number = store.put_lora(facts)
+    found = Found(root, f"{k}.safetensors".encode(), 12_000_000, 1, 1, 1, k + 1)
+    store.put_file(found, FileFacts("lora", VERSION, 10**18, "", f"{k:064x}", None, number))
+
+
+def _basis(store: Store, n: int, where: int, rng: np.random.Generator) -> None:
+    components = {g: rng.standard_normal((COMPONENTS, STYLE), np.float32) for g in GROUPS}
+    space = Space(
+        GROUPS,
+        components,
+        {g: np.eye(COMPONENTS) / 3 for g in GROUPS},
+        {-1: {g: np.zeros(COMPONENTS, np.float32) for g in GROUPS}},
+        np.ones(COMPONENTS),
+    )
+    basis = Basis("own:sd1:planted", "sd1", {"families": n}, {"model": space})
+    with store.batch():
+        store.put_basis(to_stored(basis))
+    for start in range(0, n, 4096):
+        ids = np.arange(start, min(start + 4096, n)) + 1
+        rows = np.zeros(len(ids), basis.record)
+        rows["groups"], rows["layout"] = 0b111, where
+        vectors = rng.standard_normal((len(ids), COMPONENTS), np.float32)
+        rows["vector"] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        with store.batch():
+            store.chunks.append_many("embedding", basis.id, ids, rows)
+
+
+def settle(db: Path) -> None:
+    """Mark every LoRA as compared, so that queries find nothing to prove."""
+    from lorafind.index.relate import mark_of
+
+    with Store.open(db, "write") as store, store.batch():
+        (newest,) = store.conn.execute("SELECT max(id) FROM loras").fetchone()
+        store.set_meta(mark_of("sd"), newest)
+
+
+def tiny_files(folder: Path, n: int) -> None:
+    """n small LoRA files in folders of 500."""
+    import torch
+    from safetensors.torch import save
+
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    for k in range(n):
+        place = folder / f"{k // 500:03}"
+        place.mkdir(parents=True, exist_ok=True)
+        g = torch.Generator().manual_seed(k)
+        data = save(
+            {
+                f"{name}.lora_down.weight": torch.randn(1, 1280, generator=g).half(),
+                f"{name}.lora_up.weight": torch.randn(1280, 1, generator=g).half(),
+            }
+        )
+        (place / f"{k}.safetensors").write_bytes(data)
+        os.utime(place / f"{k}.safetensors", (1, 1))
