@@ -68,11 +68,9 @@ def dupes(
 
     Every group has one keeper; the grade of a file says what was proved about it and the keeper.
     """
-    from lorafind.index.finish import finish, unfinished
-    from lorafind.index.store import Store
+    from lorafind.api import Index
     from lorafind.relations.grades import GRADES
     from lorafind.search.dupes import PROVED, Choice
-    from lorafind.search.dupes import dupes as search
 
     named = [word for word in grade.split(",") if word]
     if wrong := [word for word in named if word not in (*GRADES, "all")]:
@@ -85,13 +83,13 @@ def dupes(
         protect or (),
         within,
     )
-    with Store.open(session.db) as store:
-        late = unfinished(store)
+    with Index.open(session.db) as index:
+        late = index.unfinished
     if late:
-        with Store.open(session.db, "write") as store, Watch(session.sink) as watch:
-            finish(store, watch)
-    with Store.open(session.db) as store:
-        found = search(store, choice)
+        with Index.open(session.db, write=True) as index, Watch(session.sink) as watch:
+            index.finish(watch)
+    with Index.open(session.db) as index:
+        found = index.dupes(choice)
         if others or session.sink.mode is Mode.PATHS:
             rows: Iterator[dict[str, Any]] = _members(found)
             if others:

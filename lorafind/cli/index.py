@@ -60,9 +60,8 @@ def index(
     Safe to interrupt: the next run goes on where this one was. Lists the files that hold no LoRA,
     with the reason; the summary goes to stderr, with --json everything is one object.
     """
+    from lorafind.api import Index
     from lorafind.files.comfyui import comfyui_lora_paths
-    from lorafind.index.build import build
-    from lorafind.index.store import Store
 
     wanted: list[str | bytes | os.PathLike[str]] = list(paths or [])
     if comfyui is not None:
@@ -70,9 +69,8 @@ def index(
         if not found:
             raise typer.BadParameter(f"{comfyui} names no folder of LoRAs")
         wanted += found
-    with Store.open(session.db, "write") as store, Watch(session.sink) as watch:
-        summary = build(
-            store,
+    with Index.open(session.db, write=True) as made, Watch(session.sink) as watch:
+        summary = made.build(
             wanted,
             device=device,
             allow_pickle=allow_pickle,

@@ -57,27 +57,29 @@ def similar(
     many unrelated LoRAs of this collection would score as high. Relation: proved ones in words;
     ~likely where the sketches suggest one. Variants: kin that are not shown (--all shows them).
     """
+    from lorafind.api import Index
     from lorafind.files.outcome import NotAnAdapter
-    from lorafind.index.store import Store
-    from lorafind.search.query import ask
     from lorafind.search.similar import Wishes
-    from lorafind.search.similar import similar as search
 
     wishes = Wishes(count, [w for w in by.split(",") if w], min_score, min_z, every, same_base)
+    try:
+        wishes.groups(0)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     code = None
-    with Store.open(session.db) as store:
+    with Index.open(session.db) as index:
 
         def rows() -> Iterator[dict[str, Any]]:
             nonlocal code
             for target in targets(names):
                 try:
-                    asked = ask(store, target, allow_pickle)
+                    asked = index.ask(target, allow_pickle)
                 except NotAnAdapter as error:
                     session.sink.warn(str(error))
                     code = Code.PARTIAL
                     continue
                 none = True
-                for neighbour in search(store, asked, wishes):
+                for neighbour in index.similar(asked, wishes):
                     none = False
                     yield neighbour.to_json()
                 if none:

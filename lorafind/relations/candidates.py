@@ -133,7 +133,7 @@ def _tile(
     for s, (a, b) in enumerate(zip(left.unit, right.unit, strict=True)):
         np.matmul(a, b.T, out=cosine)
         if max(cosine.max(), -cosine.min()) >= SEGMENT_COSINE:
-            hits += map(tuple, np.argwhere(np.abs(cosine) >= SEGMENT_COSINE).tolist())
+            hits += [(i, j) for i, j in np.argwhere(np.abs(cosine) >= SEGMENT_COSINE).tolist()]
         cosine *= left.share[s][:, None]
         cosine *= right.share[s]
         d += cosine

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from lorafind.formats.delta import Delta
     from lorafind.formats.read import Reading
 
+#: ‖ΔW‖² below this share of its terms is computed again without cancellation.
+DOUBT = 1e-9
+#: ‖K₀‖² below this share of (tr K)² is the noise of the trace that was taken off.
+TRACE = 1e-14
+
 _INTEGER = re.compile(r"(?<![^._])\d+(?![^._])")
 
 
@@ -67,13 +72,13 @@ def compare(
     row: dict[str, Any] = {
         "a": first.to_json(pairs, only[0], lambda pair: pair.xx),
         "b": second.to_json(pairs, only[1], lambda pair: pair.yy),
-        "comparable": _comparable(first.architecture, second.architecture),
+        "comparable": _comparable(first.architecture, second.architecture, bool(pairs)),
         "relation": relation.to_json() if relation is not None else None,
         **{key: everything[key] for key in ("common", "cosine", "cosine_all", "ratio")},
         "components": _parts(pairs, only, lambda place: place.component),
         "groups": _parts(pairs, only, lambda place: place.group, GROUPS),
         "blocks": _parts(pairs, only, block),
-        "style": _style(first.adapter, second.adapter, pairs, only),
+        "style": _style(pairs, only),
         "same_session": _equal(first.facts.session_id, second.facts.session_id),
         "same_base": _same_base(first.facts, second.facts),
     }
@@ -153,8 +158,10 @@ def _why(path: Path, reading: Reading) -> str:
     return reading.reason if path.name in reading.reason else f"{path.name}: {reading.reason}"
 
 
-def _comparable(one: str, two: str) -> bool:
-    """Candidates are written ``sd1|sd2``."""
+def _comparable(one: str, two: str, meet: bool) -> bool:
+    """Candidates are written ``sd1|sd2``; models without a table are one where modules meet."""
+    if one.startswith("other:") and two.startswith("other:"):
+        return meet or one == two
     return bool(set(one.split("|")) & set(two.split("|")))
 
 
@@ -176,12 +183,17 @@ def _same_base(one: sidecars.Facts, two: sidecars.Facts) -> bool | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """A module that both have and that is zero in neither: ‖X‖², ‖Y‖², ⟨X, Y⟩."""
+    """A module that both have and that is zero in neither.
+
+    xx, yy, xy: ‖X‖², ‖Y‖², ⟨X, Y⟩; style: the cosine of its style features, None where one of the
+    two is nothing.
+    """
 
     place: Place
     xx: float
     yy: float
     xy: float
+    style: float | None
 
 
 @dataclass(frozen=True)
@@ -194,33 +206,43 @@ class Alone:
 
 def _measure(x: Adapter, y: Adapter) -> tuple[list[Pair], tuple[list[Alone], list[Alone]]]:
     from lorafind.relations.core import squared_norm
-    from lorafind.signatures.products import inner
 
     pairs: list[Pair] = []
     only: tuple[list[Alone], list[Alone]] = ([], [])
-    theirs = {module.name: module for module in y.plan.modules}
-    met = set()
+    ours, theirs = x.modules, y.modules
+    shapes = {module.name: module.shape for module in y.plan.modules}
+    common = {m.name for m in x.plan.modules if shapes.get(m.name) == m.shape}
     for module in x.plan.modules:
-        other = theirs.get(module.name)
-        ours = x.modules[module.name]
-        xx = squared_norm(ours)
-        if other is None or other.shape != module.shape:
-            if xx:
-                only[0].append(Alone(module.place, xx))
-            continue
-        met.add(module.name)
-        their = y.modules[module.name]
-        yy = squared_norm(their)
-        if xx and yy:
-            pairs.append(Pair(module.place, xx, yy, inner(ours, their)))
-        elif xx:
-            only[0].append(Alone(module.place, xx))
-        elif yy:
-            only[1].append(Alone(module.place, yy))
-    for module in y.plan.modules:
-        if module.name not in met and (yy := squared_norm(y.modules[module.name])):
-            only[1].append(Alone(module.place, yy))
+        if module.name in common:
+            pair = _pair(module.place, ours[module.name], theirs[module.name])
+            if pair.xx and pair.yy:
+                pairs.append(pair)
+            elif pair.xx or pair.yy:
+                only[0 if pair.xx else 1].append(Alone(module.place, pair.xx or pair.yy))
+    for bound, plan, found in ((ours, x.plan, only[0]), (theirs, y.plan, only[1])):
+        for module in plan.modules:
+            if module.name not in common and (square := squared_norm(bound[module.name])):
+                found.append(Alone(module.place, square))
     return pairs, only
+
+
+def _pair(place: Place, x: Delta, y: Delta) -> Pair:
+    from lorafind.relations.core import squared_norm
+    from lorafind.signatures.products import products
+    from lorafind.signatures.sketch import grammed
+
+    grams = grammed(place.group)
+    p = products(x, y, grams)
+    # Where nearly everything cancels, the Grams cannot tell a small ΔW from none.
+    xx = p.xx if p.xx > DOUBT * p.x_size else squared_norm(x)
+    yy = p.yy if p.yy > DOUBT * p.y_size else squared_norm(y)
+    if not grams:
+        style = _cosine(p.xy, xx, yy)
+    elif p.k_xx > TRACE * xx * xx and p.k_yy > TRACE * yy * yy:
+        style = _cosine(p.k_xy, p.k_xx, p.k_yy)
+    else:
+        style = None
+    return Pair(place, xx, yy, p.xy, style)
 
 
 def _parts(
@@ -269,9 +291,7 @@ def _cosine(xy: float, xx: float, yy: float) -> float | None:
     return min(1.0, max(-1.0, xy / math.sqrt(xx) / math.sqrt(yy)))
 
 
-def _style(
-    x: Adapter, y: Adapter, pairs: list[Pair], only: tuple[list[Alone], list[Alone]]
-) -> dict[str, Any]:
+def _style(pairs: list[Pair], only: tuple[list[Alone], list[Alone]]) -> dict[str, Any]:
     """The style features of both over their common modules, without sketches and basis."""
     groups: dict[str, Any] = {}
     total = weight = 0.0
@@ -281,9 +301,10 @@ def _style(
             continue
         ours = _votes([p.xx for p in here], only[0], group)
         theirs = _votes([p.yy for p in here], only[1], group)
-        cosines = [_alike(x.modules[p.place.name], y.modules[p.place.name], p) for p in here]
         counted = [
-            (v, w, c) for v, w, c in zip(ours, theirs, cosines, strict=True) if c is not None
+            (v, w, p.style)
+            for v, w, p in zip(ours, theirs, here, strict=True)
+            if p.style is not None
         ]
         if not counted:
             continue
@@ -305,17 +326,3 @@ def _votes(common: list[float], only: list[Alone], group: str) -> list[float]:
     rest = [a.square for a in only if a.place.group == group and not a.place.vector]
     found = votes(torch.tensor([*common, *rest], dtype=torch.float64))
     return [float(vote) for vote in found[: len(common)]]
-
-
-def _alike(x: Delta, y: Delta, pair: Pair) -> float | None:
-    """The cosine of one module's style features; None where one of the two is nothing."""
-    from lorafind.signatures.products import traceless_inner
-    from lorafind.signatures.sketch import grammed
-
-    if not grammed(pair.place.group):
-        return _cosine(pair.xy, pair.xx, pair.yy)
-    xx, yy = traceless_inner(x, x), traceless_inner(y, y)
-    # Below this K₀ is the noise of its own trace.
-    if xx <= 1e-14 * pair.xx**2 or yy <= 1e-14 * pair.yy**2:
-        return None
-    return _cosine(traceless_inner(x, y), xx, yy)

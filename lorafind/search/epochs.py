@@ -133,7 +133,8 @@ def epochs(
     found.sort(key=lambda series: series[-1].paths[0])
     taken: dict[str, int] = defaultdict(int)
     for series in found:
-        name = os.path.basename(series[-1].spot.title) or series[-1].name
+        last = series[-1]
+        name = last.output_name or os.path.basename(last.spot.title) or last.name
         taken[name] += 1
         yield _judged(
             series, name if taken[name] == 1 else f"{name} ({taken[name]})", cosines, threshold

@@ -35,11 +35,12 @@ class Relative:
     guess: float = 0.0
 
     @property
-    def order(self) -> tuple[int, float, int]:
-        """The strongest grade first, then the largest cosine; what is not proved comes last."""
+    def order(self) -> tuple[int, int, float, int]:
+        """The strongest grade first, fewer steps before more; what is not proved comes last."""
         if self.relation is None:
-            return len(GRADES), -abs(self.guess), self.lora
-        return GRADES.index(self.relation.grade), -abs(self.relation.cosine), self.lora
+            return len(GRADES), 0, -abs(self.guess), self.lora
+        found = self.relation
+        return GRADES.index(found.grade), len(found.steps), -abs(found.cosine), self.lora
 
 
 def of_indexed(store: Store, lora: int) -> list[Relative]:

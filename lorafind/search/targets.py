@@ -46,7 +46,8 @@ def find(store: Store, target: str) -> Hit | None:
     known = _by_path(store, path, anyway=True)
     if known is not None:
         return known
-    return _by_name(store, target)
+    named = _by_name(store, target)
+    return _by_path(store, named.path, anyway=True) or named
 
 
 def _by_path(store: Store, path: str, anyway: bool = False) -> Hit | None:

@@ -7,6 +7,9 @@ each other part by part. Only two forms without any structure are both made dens
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -45,8 +48,7 @@ def gram_inner(x: Delta, y: Delta) -> float:
     first, second = x.factors(), y.factors()
     if first is not None and second is not None:
         (b, a), (b_y, a_y) = first, second
-        g = b.T @ b_y
-        return float(((g @ (a_y @ a_y.T) @ g.T) * (a @ a.T)).sum())
+        return _sandwich(b.T @ b_y, a @ a.T, a_y @ a_y.T)
     if first is not None or second is not None:
         (b, a), other = (first, y) if first is not None else (second, x)  # type: ignore[misc]
         t = b.T @ other.dense()
@@ -57,9 +59,57 @@ def gram_inner(x: Delta, y: Delta) -> float:
     return float(((one @ one.T) * (two @ two.T)).sum())
 
 
-def traceless_inner(x: Delta, y: Delta) -> float:
-    """⟨K₀(X), K₀(Y)⟩ with K₀ = K − (tr K/o)·I and K = X·Xᵀ; tr K = ‖X‖²."""
-    return gram_inner(x, y) - x.squared_norm() * y.squared_norm() / x.shape[0]
+@dataclass(frozen=True, slots=True)
+class Products:
+    """The inner products of two ΔW with themselves and each other.
+
+    xx, yy, xy: ‖X‖², ‖Y‖², ⟨X, Y⟩; k_xx, k_yy, k_xy: the same of K₀ = K − (tr K/o)·I with K = X·Xᵀ,
+    NaN where they were not asked for. x_size, y_size: Σ_j ‖b_j‖²‖a_j‖² of the factors (the squared
+    norm itself without any); a squared norm far below is what cancellation has left.
+    """
+
+    xx: float
+    yy: float
+    xy: float
+    x_size: float
+    y_size: float
+    k_xx: float = math.nan
+    k_yy: float = math.nan
+    k_xy: float = math.nan
+
+
+def products(x: Delta, y: Delta, grams: bool = False) -> Products:
+    """All products of two modules, with every Gram of the factors made once.
+
+    grams: those of K₀ too. Raises ValueError for two shapes.
+    """
+    _same_shape(x, y)
+    first, second = x.factors(), y.factors()
+    o = x.shape[0]
+    if first is None or second is None or _parts(x, y) is not None:
+        xx, yy, xy = x.squared_norm(), y.squared_norm(), inner(x, y)
+        found = Products(xx, yy, xy, xx, yy)
+        if not grams:
+            return found
+        squares = gram_inner(x, x), gram_inner(y, y), gram_inner(x, y)
+    else:
+        (b, a), (b_y, a_y) = first, second
+        g, g_y, g_xy = b.T @ b, b_y.T @ b_y, b.T @ b_y
+        h, h_y, h_xy = a @ a.T, a_y @ a_y.T, a @ a_y.T
+        xx, yy, xy = (float((one * two).sum()) for one, two in ((g, h), (g_y, h_y), (g_xy, h_xy)))
+        sizes = (float(one.diagonal() @ two.diagonal()) for one, two in ((g, h), (g_y, h_y)))
+        found = Products(max(0.0, xx), max(0.0, yy), xy, *sizes)
+        if not grams:
+            return found
+        squares = _sandwich(g, h, h), _sandwich(g_y, h_y, h_y), _sandwich(g_xy, h, h_y)
+    traces = xx * xx / o, yy * yy / o, xx * yy / o
+    k_xx, k_yy, k_xy = (s - t for s, t in zip(squares, traces, strict=True))
+    return replace(found, k_xx=k_xx, k_yy=k_yy, k_xy=k_xy)
+
+
+def _sandwich(g: Tensor, h: Tensor, h_y: Tensor) -> float:
+    """‖XᵀY‖² = Σ (G·H_y·Gᵀ) ∘ H with G = BᵀB', H = A·Aᵀ, H_y = A'·A'ᵀ."""
+    return float(((g @ h_y @ g.T) * h).sum())
 
 
 def _same_shape(x: Delta, y: Delta) -> None:

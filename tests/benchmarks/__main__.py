@@ -170,7 +170,9 @@ def million(place: Path, scale: float) -> Iterator[Line]:
         bare = timed(lambda: memory @ np.ones(COMPONENTS, np.float32), 5)
         del memory
     yield Line(f"scores at {n:,} ({size / 1e6:,.0f} MB of embeddings)", f"{took:.2f} s", "")
-    yield Line("… / numpy product over the same rows read from the index", f"{took / floor:.2f}", "≤ 1.2")
+    yield Line(
+        "… / numpy product over the same rows read from the index", f"{took / floor:.2f}", "≤ 1.2"
+    )
     yield Line("… / numpy product over the same bytes already in memory", f"{took / bare:.2f}", "")
     _, peak = process(*lorafind("--db", str(place / "x.db"), "similar", "lora 3"), repeat=1)
     yield Line("… peak memory of the process", f"{peak / 2**20:.0f} MiB", "< 1024 MiB")
@@ -231,7 +233,8 @@ def memory(place: Path, scale: float) -> Iterator[Line]:
         command = lorafind("--db", str(folder / "x.db"), "index", str(folder))
         _, peak = process(*command, repeat=0)
         yield Line(
-            f"index {count} × {what} ({size:,.0f} MiB), peak memory", f"{peak / 2**20:.0f} MiB",
+            f"index {count} × {what} ({size:,.0f} MiB), peak memory",
+            f"{peak / 2**20:.0f} MiB",
             "< 1024 MiB",
         )
 

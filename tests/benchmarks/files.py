@@ -13,10 +13,14 @@ CONTEXT = {"sd1": 768, "sdxl": 2048}
 def modules(model: str) -> list[tuple[str, int, int]]:
     """(flattened name, o, i) of the attention and feed-forward layers with proj_in and proj_out."""
     if model == "sd1":
-        blocks = [(f"down_blocks_{i}_attentions_{j}", 320 << i, 1) for i in range(3) for j in (0, 1)]
+        blocks = [
+            (f"down_blocks_{i}_attentions_{j}", 320 << i, 1) for i in range(3) for j in (0, 1)
+        ]
         blocks += [("mid_block_attentions_0", 1280, 1)]
         blocks += [
-            (f"up_blocks_{i}_attentions_{j}", 1280 >> (i - 1), 1) for i in (1, 2, 3) for j in range(3)
+            (f"up_blocks_{i}_attentions_{j}", 1280 >> (i - 1), 1)
+            for i in (1, 2, 3)
+            for j in range(3)
         ]
     else:
         blocks = [(f"down_blocks_1_attentions_{j}", 640, 2) for j in (0, 1)]

@@ -248,6 +248,22 @@ def test_other_base_models_are_said_first(tmp_path: Path) -> None:
     assert (row["common"], row["cosine"], row["ratio"]) == (0, None, None)
 
 
+def test_models_without_a_table_are_one_where_modules_meet(tmp_path: Path) -> None:
+    def write_layers(name: str, *layers: str) -> Path:
+        tensors = {}
+        for layer in layers:
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.ones(2, 24)
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.ones(40, 2)
+        return write(tmp_path / name, tensors)
+
+    a = write_layers("a.safetensors", "h.0.q_proj", "h.0.fc")
+    row = compare(a, write_layers("b.safetensors", "h.0.fc"))
+    assert row["a"]["architecture"] != row["b"]["architecture"]
+    assert (row["comparable"], row["common"]) == (True, 1)
+    assert not compare(a, write_layers("c.safetensors", "g.0.fc"))["comparable"]
+    assert [part["name"] for part in row["blocks"]] == ["model/h_0"]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -98,7 +98,7 @@ def test_a_session_in_order_with_exact_numbers(
         if place:
             change = 1 - small.cosine(found[place], found[place - 1])
             assert row.change == pytest.approx(change, abs=1e-6)
-        assert (row.series, row.by, row.session) == ("c", "session", "style-1")
+        assert (row.series, row.by, row.session) == ("style", "session", "style-1")
         assert (row.position, row.of, row.estimated) == (place + 1, 5, ())
     assert rows[0].change is None
     to_b = small.cosine(found[0], found[1])
@@ -164,16 +164,14 @@ def test_names_and_weights_make_a_series(tmp_path: Path, names: list[str], relat
 
 def test_the_trainers_counts_make_a_series_without_names(tmp_path: Path) -> None:
     made = steps(5, {"first": 30, "second": 0})
-    told = [{"ss_steps": "100"}, {"ss_steps": "200"}]
-    for told_here, (name, found) in zip(told, made.items(), strict=True):
-        small.save(tmp_path / f"{name}.safetensors", found, told_here)
-    # Trained on from the first, under another name.
-    other = {"ss_steps": "300", "ss_output_name": "other"}
-    small.save(tmp_path / "third.safetensors", small.turned(made["second"], small.random(9), 20))
+    made["third"] = small.turned(made["second"], small.random(9), 20)
+    told = [("100", "one"), ("200", "one"), ("300", "trained on from it")]
+    for (count, name), (stem, found) in zip(told, made.items(), strict=True):
+        facts = {"ss_steps": count, "ss_output_name": name}
+        small.save(tmp_path / f"{stem}.safetensors", found, facts)
     small.index(tmp_path / "i.db", tmp_path)
     (rows,) = series(tmp_path / "i.db")
-    assert [row.at for row in rows] == ["step 100", "step 200"]
-    assert other
+    assert [(row.series, row.at) for row in rows] == [("one", "step 100"), ("one", "step 200")]
 
 
 def test_two_sessions_stay_apart_whatever_their_names(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from lorafind.formats.delta import Delta, Full, Hadamard, Kronecker, LowRank
-from lorafind.signatures.products import gram_inner, inner, traceless_inner
+from lorafind.signatures.products import gram_inner, inner, products
 
 O, N = 48, 60  # noqa: E741
 G = torch.Generator().manual_seed(5)
@@ -68,7 +69,29 @@ def test_gram_inner(one: str, two: str) -> None:
     eye = torch.eye(O, dtype=torch.float64)
     k_x, k_y = k_x - k_x.trace() / O * eye, k_y - k_y.trace() / O * eye
     size = float(k_x.norm() * k_y.norm())
-    assert traceless_inner(x, y) == pytest.approx(float((k_x * k_y).sum()), abs=1e-11 * size)
+    found = products(x, y, grams=True)
+    assert found.k_xy == pytest.approx(float((k_x * k_y).sum()), abs=1e-11 * size)
+    assert found.k_xx == pytest.approx(float(k_x.square().sum()), rel=1e-10)
+    assert found.k_yy == pytest.approx(float(k_y.square().sum()), rel=1e-10)
+
+
+@pytest.mark.parametrize(("one", "two"), PAIRS)
+def test_products(one: str, two: str) -> None:
+    (x, dense_x), (y, dense_y) = CASES[one], CASES[two]
+    found = products(x, y)
+    xx, yy = float(dense_x.square().sum()), float(dense_y.square().sum())
+    assert (found.xx, found.yy) == pytest.approx((xx, yy), rel=1e-12)
+    assert found.xy == pytest.approx(float((dense_x * dense_y).sum()), abs=1e-13 * (xx * yy) ** 0.5)
+    assert math.isnan(found.k_xy)
+
+
+def test_sizes_tell_what_cancels() -> None:
+    b, a = rand(O, 2), rand(2, N)
+    nothing = LowRank(torch.cat([b, -b], 1), torch.cat([a, a]))
+    found = products(nothing, CASES["lora5"][0])
+    once = float((b.double().square().sum(0) * a.double().square().sum(1)).sum())
+    assert found.x_size == pytest.approx(2 * once)
+    assert found.xx <= 1e-12 * found.x_size
 
 
 def test_tall_dense_forms_meet_on_their_short_side() -> None:
@@ -82,6 +105,8 @@ def test_shapes_must_agree() -> None:
         inner(Full(rand(O, N)), Full(rand(N, O)))
     with pytest.raises(ValueError, match="no inner product"):
         gram_inner(Full(rand(O, N)), Full(rand(N, O)))
+    with pytest.raises(ValueError, match="no inner product"):
+        products(Full(rand(O, N)), Full(rand(N, O)))
 
 
 class Structured(Kronecker):

@@ -63,7 +63,9 @@ def test_equals_the_dense_formula(kind: str, o: int, n: int, group: str) -> None
     np.testing.assert_allclose(got.identity[row], identity / math.sqrt(norm), atol=2e-6)
     np.testing.assert_allclose(got.style[group], style, atol=2e-6)
     assert got.votes[group] == pytest.approx(3.0)
-    np.testing.assert_allclose(sorted(got.norms), sorted(d.squared_norm() for d in deltas), rtol=2e-6)
+    np.testing.assert_allclose(
+        sorted(got.norms), sorted(d.squared_norm() for d in deltas), rtol=2e-6
+    )
 
 
 def test_tucker_equals_its_dense_form() -> None:
@@ -101,16 +103,18 @@ def test_identity_is_unbiased_and_as_spread_as_predicted(r: int, q: int) -> None
         x, y = _pair(o, n, seed, r, q)
         place = Place(f"unet/m.{seed}", "ff", late=False)
         a, b = sketch((place, x)), sketch((place, y))
-        exact = float((x.dense() * y.dense()).sum()) / math.sqrt(x.squared_norm() * y.squared_norm())
+        exact = float((x.dense() * y.dense()).sum()) / math.sqrt(
+            x.squared_norm() * y.squared_norm()
+        )
         got = float((a.identity[segment(place)] * b.identity[segment(place)]).sum())
         errors.append((got - exact, exact))
     error = np.array([e for e, _ in errors])
-    exact = np.array([c for _, c in errors])
+    cosines = np.array([c for _, c in errors])
     assert abs(error.mean()) < 3 * error.std() / math.sqrt(trials)
     # A signed fold to D numbers gives an inner product of unit vectors the variance (1 + c²)/D;
     # the two sides add at most about (1/251 each) times the same, for rank 1.
-    predicted = math.sqrt(((1 + exact**2) * (1 / 128 + 2 / 251)).mean())
-    floor = math.sqrt(((1 + exact**2) / 128).mean())
+    predicted = math.sqrt(((1 + cosines**2) * (1 / 128 + 2 / 251)).mean())
+    floor = math.sqrt(((1 + cosines**2) / 128).mean())
     assert 0.85 * floor < error.std() < 1.1 * predicted
 
 
@@ -136,7 +140,7 @@ def test_rank_one_norm_has_the_spread_of_its_two_sides() -> None:
             pad = torch.nn.functional.pad(p, (0, -len(p) % 251)).view(-1, 251)
             spread.append(2 * float((pad.sum(0).square() - pad.square().sum(0)).sum()))
         theory.append((1 + spread[0]) * (1 + spread[1]) - 1)
-    assert np.mean(got) == pytest.approx(1.0, abs=3 * np.std(got) / math.sqrt(trials))
+    assert np.mean(got) == pytest.approx(1.0, abs=float(3 * np.std(got)) / math.sqrt(trials))
     predicted = math.sqrt(np.mean(theory))
     # sd of an empirical sd is about sd·√(1/(2·trials)) for normal data; the product is heavier.
     assert np.std(got) == pytest.approx(predicted, rel=0.12)
@@ -169,7 +173,9 @@ def test_strangers_of_every_rank_and_family_score_zero(group: str) -> None:
         places = [Place(f"unet/s{seed}.{i}", group, late=False) for i in range(2)]
         made = []
         for k, (kind, rank) in enumerate(kinds):
-            deltas = [random_delta(kind, 320, 320, 1000 * seed + 10 * k + i, rank) for i in range(2)]
+            deltas = [
+                random_delta(kind, 320, 320, 1000 * seed + 10 * k + i, rank) for i in range(2)
+            ]
             made.append(sketch(*zip(places, deltas, strict=True)).style[group])
         scores += [
             float(made[i] @ made[j] / (np.linalg.norm(made[i]) * np.linalg.norm(made[j])))
@@ -214,7 +220,9 @@ def test_faint_modules_lose_their_vote_in_proportion() -> None:
     assert isinstance(faint, LowRank)
     median = sorted(d.squared_norm() for d in deltas)[2]
     target = 0.001 * math.sqrt(median)
-    deltas[4] = LowRank(faint.up, faint.down, faint.scale * target / math.sqrt(faint.squared_norm()))
+    deltas[4] = LowRank(
+        faint.up, faint.down, faint.scale * target / math.sqrt(faint.squared_norm())
+    )
     got = sketch(*zip(places, deltas, strict=True))
     group = sorted(math.sqrt(d.squared_norm()) for d in deltas)[2]
     assert got.votes["ff"] == pytest.approx(4 + (target / (0.01 * group)) ** 2, rel=1e-4)

@@ -1,0 +1,140 @@
+"""The public Python API: an index as an object. The command line calls the same methods.
+
+>>> import lorafind
+>>> with lorafind.Index.open("loras.db", write=True) as index:   # doctest: +SKIP
+...     index.build(["~/loras"])
+...     for neighbour in index.similar("watercolour.safetensors"):
+...         print(neighbour.score, neighbour.path)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from lorafind.index.store import Store
+
+if TYPE_CHECKING:
+    from lorafind.index.build import Summary
+    from lorafind.index.progress import Progress
+    from lorafind.search.dupes import Choice, Group
+    from lorafind.search.epochs import Epoch
+    from lorafind.search.ls import Filters
+    from lorafind.search.query import Asked
+    from lorafind.search.similar import Neighbour, Wishes
+    from lorafind.search.whatis import Answer
+
+
+class Index:
+    """An open index. Use it in a ``with`` block, or call :meth:`close`.
+
+    Errors of the index are :class:`lorafind.index.problem.IndexProblem`, with a sentence for
+    people; a target that holds no LoRA raises :class:`lorafind.files.outcome.NotAnAdapter`.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str] | None = None, write: bool = False) -> Self:
+        """Open the index at ``path`` (default: LORAFIND_DB, or the user's data folder).
+
+        write: make it where there is none, and keep other writers out. Readers never wait.
+        """
+        return cls(Store.open(path, "write" if write else "read"))
+
+    def close(self) -> None:
+        """Close the file and let go of its lock."""
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        self.store.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.store.__exit__(kind, error, trace)
+
+    def build(
+        self,
+        paths: Sequence[str | bytes | os.PathLike[str]] = (),
+        *,
+        device: str = "auto",
+        allow_pickle: bool = False,
+        prune: bool = False,
+        force_prune: bool = False,
+        relate: bool = True,
+        progress: Progress | None = None,
+    ) -> Summary:
+        """Bring the index up to date with folders and files; see :func:`lorafind.index.build.build`."""
+        from lorafind.index.build import build
+
+        places = [os.path.expanduser(p) if isinstance(p, str | Path) else p for p in paths]
+        return build(
+            self.store,
+            places,
+            device=device,
+            allow_pickle=allow_pickle,
+            prune=prune,
+            force_prune=force_prune,
+            relate=relate,
+            progress=progress,
+        )
+
+    def ask(self, target: str, allow_pickle: bool = False) -> Asked:
+        """Find a target by path, name or a unique part of one; a file outside is read."""
+        from lorafind.search.query import ask
+
+        return ask(self.store, target, allow_pickle)
+
+    def similar(self, target: str | Asked, wishes: Wishes | None = None) -> Iterator[Neighbour]:
+        """The LoRAs nearest in style, the nearest first."""
+        from lorafind.search import similar
+
+        asked = self.ask(target) if isinstance(target, str) else target
+        return similar.similar(self.store, asked, wishes or similar.Wishes())
+
+    @property
+    def unfinished(self) -> bool:
+        """True where :meth:`finish` has something to do before :meth:`dupes` is complete."""
+        from lorafind.index.finish import unfinished
+
+        return unfinished(self.store)
+
+    def finish(self, progress: Progress | None = None) -> int:
+        """Prove relations and fit bases for what was indexed without; new relations."""
+        from lorafind.index.finish import finish
+        from lorafind.index.progress import Silent
+
+        return finish(self.store, progress or Silent())
+
+    def dupes(self, choice: Choice | None = None) -> Iterator[Group]:
+        """Groups of files that hold the same LoRA, and which of them may go."""
+        from lorafind.search import dupes
+
+        return dupes.dupes(self.store, choice or dupes.Choice())
+
+    def whatis(self, target: str, count: int = 3, allow_pickle: bool = False) -> Answer:
+        """What a file is, and what it is to the LoRAs of the index."""
+        from lorafind.search.whatis import whatis
+
+        return whatis(self.store, target, count, allow_pickle)
+
+    def ls(self, filters: Filters | None = None) -> Iterator[dict[str, Any]]:
+        """The files of the index, one row each."""
+        from lorafind.search import ls
+
+        return ls.listing(self.store, filters or ls.Filters())
+
+    def epochs(self) -> Iterator[list[Epoch]]:
+        """Series of one training run, with the files that a user would keep proposed."""
+        from lorafind.search.epochs import epochs
+
+        return epochs(self.store)
