@@ -73,7 +73,7 @@ class Index:
         relate: bool = True,
         progress: Progress | None = None,
     ) -> Summary:
-        """Bring the index up to date with folders and files; see :func:`lorafind.index.build.build`."""
+        """Bring the index up to date; see :func:`lorafind.index.build.build`."""
         from lorafind.index.build import build
 
         places = [os.path.expanduser(p) if isinstance(p, str | Path) else p for p in paths]

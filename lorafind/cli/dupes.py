@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafind.cli.options import Session, command, targets
-from lorafind.cli.output import Column, Mode
+from lorafind.cli.output import Column, Mode, nearby
 from lorafind.cli.watch import Watch
 
 if TYPE_CHECKING:
     from lorafind.search.dupes import Group
 
 COLUMNS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("group", "Group", "d", "right"),
     Column("grade", "Grade"),
     Column("bytes", "Bytes", ",d", "right"),

@@ -9,10 +9,10 @@ import typer
 
 from lorafind.cli.errors import Code
 from lorafind.cli.options import Session, command, targets
-from lorafind.cli.output import Column, Mode
+from lorafind.cli.output import Column, Mode, nearby
 
 COLUMNS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("series", "Series"),
     Column("at", "Epoch, step"),
     Column("norm", "‖ΔW‖", ".4g", "right"),

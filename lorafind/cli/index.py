@@ -10,14 +10,14 @@ import typer
 
 from lorafind.cli.errors import Code
 from lorafind.cli.options import Session, command
-from lorafind.cli.output import Column, Mode
+from lorafind.cli.output import Column, Mode, nearby
 from lorafind.cli.watch import Watch
 
 if TYPE_CHECKING:
     from lorafind.index.build import Summary
 
 COLUMNS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("outcome", "What it is"),
     Column("reason", "Why it is not indexed"),
 )
@@ -92,7 +92,7 @@ def index(
 
 
 #: Outcomes that mean that a file could not be read, not that it is something else.
-BROKEN = frozenset({"unreadable", "invalid", "changing", "vanished"})
+BROKEN = frozenset({"unreadable", "inaccessible", "invalid", "changing", "vanished"})
 
 
 def _as_json(summary: Summary, rows: list[dict[str, str]]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import typer
 
 from lorafind.cli.errors import Code
 from lorafind.cli.options import Session, Targets, command, targets
-from lorafind.cli.output import Column, Mode, Row
+from lorafind.cli.output import Column, Mode, Row, nearby
 
 COLUMNS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("outcome", "Is"),
     Column("reason", "Why"),
     Column("architecture", "Architecture"),
@@ -27,12 +27,12 @@ COLUMNS = (
     Column("sha256", "SHA-256"),
 )
 KEYS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("key", "Key"),
     Column("understood", "Understood as"),
 )
 MODULES = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("name", "Module"),
     Column("group", "Group"),
     Column("family", "Family"),

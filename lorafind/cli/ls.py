@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lorafind.cli.options import Session, command
-from lorafind.cli.output import Column
+from lorafind.cli.output import Column, nearby
 
 
 def size_text(size: int) -> str:
@@ -19,7 +19,7 @@ def size_text(size: int) -> str:
 
 
 COLUMNS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("architecture", "Architecture"),
     Column("family", "Family"),
     Column("rank", "Rank", justify="right"),

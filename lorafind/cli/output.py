@@ -96,6 +96,15 @@ class Column:
         return clean(str(value))
 
 
+def nearby(path: str) -> str:
+    """A path for people: below the current folder relative to it, below home with ``~``."""
+    for place, sign in ((os.getcwd(), ""), (os.path.expanduser("~"), f"~{os.sep}")):
+        start = place.rstrip(os.sep) + os.sep
+        if len(start) > 1 and path.startswith(start):
+            return sign + path[len(start) :]
+    return path
+
+
 class ReaderGone(Exception):
     """Who read our stdout (``head``, ``less``) has seen enough."""
 

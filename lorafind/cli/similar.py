@@ -9,13 +9,13 @@ import typer
 
 from lorafind.cli.errors import Code
 from lorafind.cli.options import Session, Targets, command, targets
-from lorafind.cli.output import Column
+from lorafind.cli.output import Column, nearby
 
 COLUMNS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("score", "Score", ".3f", "right"),
     Column("z", "z", ".1f", "right"),
-    Column("chance", "Chance", ".2g", "right"),
+    Column("chance", "Chance", ".2g", "right", digits=9),
     Column("relation", "Relation"),
     Column("variants", "Variants", "d", "right"),
 )

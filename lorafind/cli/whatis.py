@@ -9,10 +9,10 @@ import typer
 
 from lorafind.cli.errors import Code
 from lorafind.cli.options import Session, Targets, command, targets
-from lorafind.cli.output import Column, Mode
+from lorafind.cli.output import Column, Mode, nearby
 
 COLUMNS = (
-    Column("path", "File"),
+    Column("path", "File", nearby),
     Column("outcome", "Outcome"),
     Column("architecture", "Architecture"),
     Column("family", "Family"),

@@ -280,7 +280,7 @@ class Opened:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return NotAnAdapter("vanished", f"{self.name} is no longer there")
         why = error.strerror or str(error)
-        return NotAnAdapter("unreadable", f"{self.name} cannot be read: {why}")
+        return NotAnAdapter("inaccessible", f"{self.name} cannot be read: {why}")
 
     def fill(self, view: memoryview) -> None:
         """Read exactly ``len(view)`` bytes."""

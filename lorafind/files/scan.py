@@ -207,7 +207,7 @@ class _Walk:
                 yield self._refused(root, path, f"the link's target: {why}")
             elif not isinstance(error, FileNotFoundError):
                 self.report.unreachable[entry.path] = error.strerror or str(error)
-                yield self._refused(root, path, f"{error.strerror}", outcome="unreadable")
+                yield self._refused(root, path, f"{error.strerror}", outcome="inaccessible")
             return
         if stat.S_ISDIR(facts.st_mode):
             self.linked.append((root, path))

@@ -77,7 +77,7 @@ def read(
         return Reading("vanished", f"{os.path.basename(path)} is no longer there")
     except OSError as error:
         why = error.strerror or str(error)
-        return Reading("unreadable", f"{os.path.basename(path)} cannot be read: {why}")
+        return Reading("inaccessible", f"{os.path.basename(path)} cannot be read: {why}")
 
 
 def open_adapter(path: Path, allow_pickle: bool = False) -> Adapter:

@@ -276,7 +276,7 @@ def _group(keeper: File, members: list[tuple[File, Relation]], choice: Choice) -
                 round(relation.cosine, 6),
                 round(relation.factor, 6),
                 round(relation.share, 6),
-                tuple(step.words for step in relation.steps),
+                _words(relation),
                 relation.differs,
                 not stays,
                 stays,
@@ -287,6 +287,12 @@ def _group(keeper: File, members: list[tuple[File, Relation]], choice: Choice) -
     return Group(grade, keeper.path, freed, tuple(rows))
 
 
+def _words(relation: Relation) -> tuple[str, ...]:
+    """The steps from the keeper (x) to the file, or back, and then so said."""
+    words = tuple(step.words for step in relation.steps)
+    return tuple(f"keeper is this {word}" for word in words) if relation.larger == "y" else words
+
+
 def _stays(keeper: File, file: File, relation: Relation, choice: Choice, intact: bool) -> str:
     """Why a file may not go; empty where it may."""
     side: Side = "y"
@@ -295,8 +301,12 @@ def _stays(keeper: File, file: File, relation: Relation, choice: Choice, intact:
         return f"{relation.grade} is no copy"
     if relation.removable(side) == "never":
         return "it holds something that the keeper lacks"
-    if allowed == "named" and relation.grade not in choice.named:
-        return f"only with --grade {relation.grade}"
+    steps = (relation.grade, *(step.grade for step in relation.steps))
+    unnamed = dict.fromkeys(
+        grade for grade in steps if removal(grade) == "named" and grade not in choice.named
+    )
+    if unnamed:
+        return f"only with --grade {','.join(unnamed)}"
     if _below(file.path, choice.protect):
         return "protected"
     if _outside(file, choice):

@@ -198,7 +198,7 @@ class _File:
             }
         rows = [self._module(module) for module in plan.modules]
         weights = [
-            row for row, module in zip(rows, plan.modules, strict=True)
+            row for row, module in zip(rows, plan.modules, strict=True) if not module.place.vector
         ]
         # Biases and norms have a rank of 1 by their form, which says nothing.
         ranks = Counter(row["rank"] for row in weights or rows)

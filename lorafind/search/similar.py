@@ -238,7 +238,11 @@ def _rows(
     for start in range(0, len(order), _CARDS):
         block = order[start : start + _CARDS]
         known = cards(store, scored.ids[block].tolist())
-        for k in block.tolist():
+        # Copies score alike: their order must not hang on the order of indexing.
+        ties = [
+            (-round(float(scored.scores[k]), 5), known[int(scored.ids[k])].paths) for k in block
+        ]
+        for _, k in sorted(zip(ties, block.tolist(), strict=True)):
             number, family = int(scored.ids[k]), int(scored.families[k])
             score, my_z = float(scored.scores[k]), _number(z[k])
             if shown >= wishes.count or (wishes.min_score is not None and score < wishes.min_score):

@@ -129,7 +129,7 @@ def whatis(store: Store, target: str, count: int = 3, allow_pickle: bool = False
             return Answer(path, "not-a-file", f"{name} is a folder: name the files in it")
         sha256 = _sha256(store, path, facts)
     except OSError as error:
-        return Answer(path, "unreadable", f"{name} cannot be read: {error.strerror or error}")
+        return Answer(path, "inaccessible", f"{name} cannot be read: {error.strerror or error}")
     twin = _twin(store, path, sha256)
     if twin is not None:
         begun = _begun(store, Hit(path, twin, "lora", "", sha256))

@@ -12,6 +12,8 @@ from tests.terminal import run_on_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTE = "This is a proposal by the direction of ΔW alone (see --help); nothing is deleted.\n"
+LAST = "the last of the series"
+MOST = "the most like it of those kept"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,17 @@ def test_lines(db: Path) -> None:
     done = small.run(db, "epochs", "--header")
     assert (done.exit_code, done.stderr) == (0, NOTE)
     header, *lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert header == "path series at norm cosine change proposal reason estimated".split()
+    assert header == [
+        "path",
+        "series",
+        "at",
+        "norm",
+        "cosine",
+        "change",
+        "proposal",
+        "reason",
+        "estimated",
+    ]
     folder = db.parent / "loras"
     last, other = small.random(1), small.random(2)
     first = small.turned(last, other, 40)
@@ -40,17 +52,17 @@ def test_lines(db: Path) -> None:
     a, b, c = (
         f"{small.cosine(*pair):.6f}" for pair in ((first, last), (second, last), (first, second))
     )
+    why = (
+        f"really different: cosine {float(a):.3f} to s.safetensors, the most like it of those kept"
+    )
+    like = f"much like s.safetensors: cosine {float(b):.3f}"
+    changes = [f"{1 - float(c):.6f}", f"{1 - float(b):.6f}"]
     assert [line[:3] + line[4:] for line in lines] == [
-        [f"{folder}/s-000001.safetensors", "s", "epoch 1", a, "", "keep"]
-        + [
-            f"really different: cosine {float(a):.3f} to s.safetensors, the most like it of those kept",
-            "[]",
-        ],
-        [f"{folder}/s-000002.safetensors", "s", "epoch 2", b, f"{1 - float(c):.6f}", "—"]
-        + [f"much like s.safetensors: cosine {float(b):.3f}", "[]"],
-        [f"{folder}/s.safetensors", "s", "last", "1.000000", f"{1 - float(b):.6f}", "keep"]
-        + ["the last of the series", "[]"],
+        [f"{folder}/s-000001.safetensors", "s", "epoch 1", a, "", "keep", why, "[]"],
+        [f"{folder}/s-000002.safetensors", "s", "epoch 2", b, changes[0], "—", like, "[]"],
+        [f"{folder}/s.safetensors", "s", "last", "1.000000", changes[1], "keep", LAST, "[]"],
     ]
+    assert float(lines[0][3]) == pytest.approx(small.norm(first), rel=1e-5)
 
 
 def test_kept_paths_and_json(db: Path) -> None:
@@ -60,8 +72,27 @@ def test_kept_paths_and_json(db: Path) -> None:
     rows = json.loads(small.run(db, "epochs", "--json", "--threshold", "0.7").stdout)
     assert [row["proposal"] for row in rows] == ["—", "—", "keep"]
     assert sorted(rows[0]) == sorted(
-        "path series position of at epoch step norm cosine change proposal reason estimated "
-        "presence name architecture by session other_paths".split()
+        [
+            "path",
+            "series",
+            "position",
+            "of",
+            "at",
+            "epoch",
+            "step",
+            "norm",
+            "cosine",
+            "change",
+            "proposal",
+            "reason",
+            "estimated",
+            "presence",
+            "name",
+            "architecture",
+            "by",
+            "session",
+            "other_paths",
+        ]
     )
 
 
@@ -86,6 +117,18 @@ def test_estimates_are_marked_for_people(db: Path, tmp_path: Path) -> None:
     code, shown = run_on_terminal([*command, "epochs"], ROOT, {"NO_COLOR": "1"}, columns=240)
     assert code == 0
     header, first, _, last = shown.splitlines()[:4]
-    assert header.split() == "File Series Epoch, step ‖ΔW‖ To the last Change Proposal Why".split()
+    assert header.split() == [
+        "File",
+        "Series",
+        "Epoch,",
+        "step",
+        "‖ΔW‖",
+        "To",
+        "the",
+        "last",
+        "Change",
+        "Proposal",
+        "Why",
+    ]
     assert " ~0.7" in first or " ~0.8" in first
     assert " 1.000 " in last and "~1.000" not in last

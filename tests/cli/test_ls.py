@@ -48,8 +48,25 @@ def test_json_and_paths(db: Path) -> None:
     rows = json.loads(small.run(db, "ls", "--json", "--status", "all").stdout)
     assert [row["status"] for row in rows] == ["html", "lora", "lora"]
     assert sorted(rows[0]) == sorted(
-        "path architecture family rank dtype size name trigger_words base_model status outcome "
-        "reason effective_dtype spelling sha256 content link".split()
+        [
+            "path",
+            "architecture",
+            "family",
+            "rank",
+            "dtype",
+            "size",
+            "name",
+            "trigger_words",
+            "base_model",
+            "status",
+            "outcome",
+            "reason",
+            "effective_dtype",
+            "spelling",
+            "sha256",
+            "content",
+            "link",
+        ]
     )
     assert "web page" in rows[0]["reason"]
     paths = small.run(db, "ls", "-0", "--rank", "5-").stdout_bytes
@@ -102,7 +119,7 @@ def test_ten_thousand_rows_without_torch(tmp_path: Path) -> None:
         "import atexit; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
         "run()"
     )
-    command = [sys.executable, "-c", code, "--db", tmp_path / "i.db", "ls"]
+    command = [sys.executable, "-c", code, "--db", str(tmp_path / "i.db"), "ls"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "False\n"
     assert done.stdout.count("\n") == 10_000

@@ -152,9 +152,7 @@ def test_two_routes_to_one_file_are_no_duplicates(shared: Path, tmp_path: Path) 
     with Store.open(db) as store:
         for keep in ("oldest", "shortest-path", "*/other/*"):
             members = [
-                row
-                for group in dupes(store, Choice(GRADES, GRADES, keep))
-                for row in group.files
+                row for group in dupes(store, Choice(GRADES, GRADES, keep)) for row in group.files
             ]
             assert not any(row.removable or row.grade not in ("keeper", "link") for row in members)
     done = lorafind("dupes", "--others", "--exit-code", "--grade", "all", db=db)

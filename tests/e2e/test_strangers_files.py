@@ -157,5 +157,5 @@ def test_evil_pickles_as_targets_are_never_executed(shared: Path, tmp_path: Path
             done = lorafind(name, tmp_path / "evil.pt", *allow, "--json", db=db)
             assert "Traceback" not in done.stderr.decode()
             said = done.stderr + done.stdout
-            assert b"evil.pt" in said and b"posix" in said or not allow, (name, said)
+            assert (b"evil.pt" in said and b"posix" in said) or not allow, (name, said)
     assert not (tmp_path / "lorafind_pwned").exists()

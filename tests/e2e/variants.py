@@ -155,7 +155,11 @@ def sgm(name: str) -> str:
 def kohya(modules: Modules, rename: Callable[[str], str] = lambda name: name) -> Tensors:
     """sd-scripts, with alpha where s is not 1; proj_in and proj_out of SD1 are convolutions."""
     double = any(name.startswith("te2/") for name in modules)
-    prefix = {"unet": "lora_unet_", "te1": "lora_te1_" if double else "lora_te_", "te2": "lora_te2_"}
+    prefix = {
+        "unet": "lora_unet_",
+        "te1": "lora_te1_" if double else "lora_te_",
+        "te2": "lora_te2_",
+    }
     tensors: Tensors = {}
     for name, d in lows(modules):
         component, _, path = rename(name).partition("/")
@@ -230,7 +234,10 @@ def copies(modules: Modules, dtype: torch.dtype) -> Variants:
         stored = {key: t.to(dtype) for key, t in tensors.items()}
         yield f"spelled-{name}", variant(stored, "weights")
     wide = made.refactored(made.cast(modules, torch.float32))
-    yield "refactored", variant(kohya(wide), "weights", *([] if dtype == torch.float32 else ["dtype"]))
+    yield (
+        "refactored",
+        variant(kohya(wide), "weights", *([] if dtype == torch.float32 else ["dtype"])),
+    )
     # A turn alone keeps the factors' sizes, so that coarse dtypes can hold it.
     yield "turned", variant(kohya(made.refactored(modules, condition=1.0)), "weights")
 
@@ -383,9 +390,11 @@ def of_lokr(stored: Tensors) -> Variants:
     names = sorted(set(map(stem, stored)))
     yield "twentieth", variant(keep(set(names[::20]).__contains__), "part", "part")
     weighted = each(
-        lambda k, t: t * (0.25 + 0.25 * (blocks.index(stem(k).split("_attentions_")[0]) % 3))
-        if k.endswith("lokr_w2_a")
-        else t
+        lambda k, t: (
+            t * (0.25 + 0.25 * (blocks.index(stem(k).split("_attentions_")[0]) % 3))
+            if k.endswith("lokr_w2_a")
+            else t
+        )
     )
     yield "reweighted", variant(weighted, "reweighted", "reweighted")
     for level in (0.01, 0.08):

@@ -285,7 +285,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
     assert refused(lambda: ours.load(tmp_path / "dangling")) == "vanished"
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert refused(lambda: ours.load(tmp_path / "loop")) == "unreadable"
+    assert refused(lambda: ours.load(tmp_path / "loop")) == "inaccessible"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs and sockets in folders")
@@ -315,7 +315,7 @@ def test_fifos_and_sockets_do_not_block(tmp_path: Path) -> None:
 def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
     path, _ = stored(tmp_path)
     path.chmod(0)
-    assert refused(lambda: ours.load(path)) == "unreadable"
+    assert refused(lambda: ours.load(path)) == "inaccessible"
 
 
 def test_a_file_beyond_two_gigabytes_is_read_by_position(tmp_path: Path) -> None:

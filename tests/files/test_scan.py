@@ -200,7 +200,7 @@ def test_unreadable_folders_are_reported_and_the_walk_goes_on() -> None:
             found, report = walk(folder)
     assert [(item.path, item.outcome) for item in found] == [
         (b"b/y.safetensors", ""),
-        (b"c/z.safetensors", "unreadable"),
+        (b"c/z.safetensors", "inaccessible"),
     ]
     assert set(report.unreachable) == {
         os.fsencode(folder / "a"),

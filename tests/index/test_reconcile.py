@@ -72,7 +72,7 @@ def test_new() -> None:
         ({"status": "pickle", "sha256": None}, "changed"),
         ({"status": "not-a-file", "sha256": None}, "changed"),
         ({"status": "changing"}, "retry"),
-        ({"status": "unreadable"}, "retry"),
+        ({"status": "inaccessible"}, "retry"),
         ({"version": 0}, "version"),
         ({"read_ns": OLD + 1_999_999_999}, "recent"),
         ({"read_ns": OLD - 1_999_999_999}, "recent"),
@@ -226,7 +226,7 @@ def test_a_lora_whose_link_dangles_is_gone_not_replaced() -> None:
     row = known(A, 1)
     item = Found(*A[:2], 0, 0, 0, 0, 0, outcome="not-a-file", reason="dangling")
     assert decide([row], [item]) == Decisions(gone=[row])
-    denied = item._replace(outcome="unreadable")
+    denied = item._replace(outcome="inaccessible")
     report = ScanReport(unreachable={b"/r/a.safetensors": "Permission denied"})
     ((offline, why),) = decide([row], [denied], report).offline
     assert offline == row and "Permission denied" in why

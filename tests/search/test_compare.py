@@ -153,31 +153,28 @@ def test_a_module_that_is_zero_counts_as_absent(tmp_path: Path) -> None:
 
 
 def test_a_module_of_next_to_no_energy_has_next_to_no_vote(tmp_path: Path) -> None:
-    names = [n for n in LAYERS if LAYERS[n][1] == "self_attn"]
-    tensors, x = make("lora", 1, names)
-    faint = names[1]
-    more, y = make("lora", 1, names[:1])
-    rest, z = make("lora", 9, names[1:])
-    more, y = more | rest, y | z
-    for key in (f"{LAYERS[faint][0]}.lora_up.weight",):
-        tensors[key] *= 1e-6
-        more[key] *= 1e-6
-    a, b = write(tmp_path / "a.safetensors", tensors), write(tmp_path / "b.safetensors", more)
+    layer = "unet/down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_"
+    names = [f"{layer}{leaf}" for leaf in "qkv"]
+    same, faint = names[0], names[2]
+    one, two = (writers.factors(dict.fromkeys(names, (320, 320)), seed=seed) for seed in (1, 2))
+    two[same] = one[same]
+    for factors, share in ((one, 1e-3), (two, 1e-4)):
+        up, down = factors[faint]
+        factors[faint] = up * share, down
+    files = [
+        write(tmp_path / f"{i}.safetensors", writers.kohya(f)) for i, f in enumerate((one, two))
+    ]
+    x, y = ({n: u.double() @ d.double() for n, (u, d) in f.items()} for f in (one, two))
     votes = []
-    for d in (x, y):
-        sizes = sorted(float(d[n].norm()) * (1e-6 if n == faint else 1) for n in names)
-        # torch's median of two is the lower one.
-        votes.append(
-            [
-                min(1, float(d[n].norm()) * (1e-6 if n == faint else 1) / (0.01 * sizes[0]))
-                for n in names
-            ]
-        )
+    for dense in (x, y):
+        median = sorted(float(t.norm()) for t in dense.values())[1]
+        votes.append([min(1.0, float(dense[n].norm()) / (0.01 * median)) for n in names])
+    assert votes[0][2] < 0.2 and votes[1][2] < 0.02
     cosines = [float((x[n] * y[n]).sum() / x[n].norm() / y[n].norm()) for n in names]
     top = sum(v * w * c for v, w, c in zip(*votes, cosines, strict=True))
     expected = top / math.sqrt(math.prod(sum(v * v for v in side) for side in votes))
-    found = compare(a, b)["style"]["groups"]["self_attn"]["cosine"]
-    assert found == pytest.approx(expected, abs=1e-9)
+    found = compare(*files)["style"]["groups"]["self_attn"]["cosine"]
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("writer", [w for w, (_, feed) in writers.WRITERS.items() if feed])

@@ -134,8 +134,7 @@ def test_only_the_series_of_some(run: tuple[Path, dict[str, small.Factors]]) -> 
     "names",
     [
         ["toon-step00000500", "toon-step00001000", "toon"],
-        ["run/checkpoint-500/pytorch_lora_weights", "run/checkpoint-1000/pytorch_lora_weights"]
-        + ["run/pytorch_lora_weights"],
+        [f"run/{step}pytorch_lora_weights" for step in ("checkpoint-500/", "checkpoint-1000/", "")],
         ["Toon_e3", "toon_e12", "TOON"],
     ],
 )

@@ -68,8 +68,8 @@ def test_an_indexed_file(db: Path) -> None:
         "words hero, cape.",
         "Related": "half.safetensors is the same LoRA as it (F16). low.safetensors is a resize of "
         "it (resized 4→2).",
-        "Style": f"Nearest in style is stranger.safetensors (score {answer.nearest[0]['score']:.2f})"
-        "; none stands out.",
+        "Style": "Nearest in style is stranger.safetensors (score "
+        f"{answer.nearest[0]['score']:.2f}); none stands out.",
     }
 
 
@@ -192,7 +192,7 @@ def test_what_is_no_lora(db: Path, tmp_path: Path) -> None:
     assert look(db, page).outcome == "html"
     assert look(db, tmp_path).outcome == "not-a-file"
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
-    assert look(db, tmp_path / "dangling.safetensors").outcome == "unreadable"
+    assert look(db, tmp_path / "dangling.safetensors").outcome == "inaccessible"
     with pytest.raises(IndexProblem, match="neither a file nor a name"):
         look(db, "nobody")
 
