@@ -88,6 +88,14 @@ class Index:
             progress=progress,
         )
 
+    def forget(self, folder: str | os.PathLike[str]) -> bool:
+        """Take a folder out of the index, with the LoRAs that only it has; False for a stranger."""
+        path = os.fsencode(os.path.abspath(os.path.expanduser(folder)))
+        if path not in {root.path for root in self.store.roots()}:
+            return False
+        self.store.forget_root(path)
+        return True
+
     def ask(self, target: str, allow_pickle: bool = False) -> Asked:
         """Find a target by path, name or a unique part of one; a file outside is read."""
         from lorafind.search.query import ask

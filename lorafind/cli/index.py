@@ -50,6 +50,10 @@ def index(
     yes: Annotated[
         bool, typer.Option("--yes", help="With --prune: even where over half of a folder is gone.")
     ] = False,
+    forget: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder to take out of the index (repeat it).", show_default=False),
+    ] = None,
     relations: Annotated[
         bool,
         typer.Option("--relations/--no-relations", help="Prove relations and fit bases now."),
@@ -70,6 +74,12 @@ def index(
             raise typer.BadParameter(f"{comfyui} names no folder of LoRAs")
         wanted += found
     with Index.open(session.db, write=True) as made, Watch(session.sink) as watch:
+        for folder in forget or ():
+            if not made.forget(folder):
+                raise typer.BadParameter(f"{folder} is no folder of the index")
+            session.sink.note(f"{folder} is no longer in the index; its files are untouched.")
+        if forget and not wanted and not made.store.roots():
+            return None
         summary = made.build(
             wanted,
             device=device,

@@ -20,9 +20,9 @@ COLUMNS = (
     Column("name", "Name"),
     Column("text", "Text"),
 )
-PEOPLE = tuple(
-    Column(title, title)
-    for title in ("File", "What", "Says", "Copies", "Related", "Style", "Likely")
+PEOPLE = (
+    Column("File", "File", nearby),
+    *(Column(title, title) for title in ("What", "Says", "Copies", "Related", "Style", "Likely")),
 )
 
 

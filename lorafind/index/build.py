@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorafind.files.scan import Found, ScanReport, probe, scan
+from lorafind.files.scan import Found, ScanReport, join, probe, scan
 from lorafind.index.classes import series_of
 from lorafind.index.finish import finish
 from lorafind.index.progress import Progress, Silent
 from lorafind.index.reconcile import Decisions, Read, pruning, reconcile
-from lorafind.index.rows import FileFacts, LoraFacts
+from lorafind.index.rows import FileFacts, Known, LoraFacts
 from lorafind.index.store import Store
 from lorafind.signatures.constants import VERSION
 
@@ -95,6 +95,7 @@ def build(
     decisions = reconcile(
         known, found, report, targets, devices, VERSION, lambda item: probe(item.full)
     )
+    _reconfigured(decisions, found)
     store.apply(decisions, report)
     summary = _counted(decisions, report)
     _read_all(store, decisions.read, device, allow_pickle, watch, summary)
@@ -107,6 +108,28 @@ def build(
         summary.relations = finish(store, watch)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+def _reconfigured(decisions: Decisions, found: list[Found]) -> None:
+    """Read again what is unchanged, but stands beside an adapter_config.json that is newer.
+
+    PEFT keeps alpha there, so that the same bytes then mean another ΔW.
+    """
+    here = {(item.root, item.path): item for item in found}
+    stale = [row for row in decisions.unchanged if _config_time(row) > row.read_ns]
+    decisions.unchanged = [row for row in decisions.unchanged if row not in stale]
+    decisions.read += [Read(here[row.root, row.path], "changed") for row in stale]
+
+
+def _config_time(row: Known) -> int:
+    """mtime (ns) of the configuration that belongs to a file, 0 for none."""
+    folder, name = os.path.split(join(row.root, row.path))
+    if not name.startswith(b"adapter_model."):
+        return 0
+    try:
+        return os.stat(os.path.join(folder, b"adapter_config.json")).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _counted(decisions: Decisions, report: ScanReport) -> Summary:

@@ -215,7 +215,7 @@ def _of_file(store: Store, hit: Hit, count: int, allow_pickle: bool) -> Answer:
         return replace(begun, outcome=error.outcome, reason=error.reason)
     except OSError as error:
         why = f"{os.path.basename(path)} cannot be read: {error.strerror or error}"
-        return replace(begun, outcome="unreadable", reason=why)
+        return replace(begun, outcome="inaccessible", reason=why)
     lora = asked.lora
     assert lora.modules is not None
     answer = replace(

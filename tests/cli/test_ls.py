@@ -12,6 +12,7 @@ from lorafind.index.store import Store
 from lorafind.search.ls import Filters, listing
 from tests.index import make
 from tests.search import small
+from tests.terminal import run_on_terminal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,3 +124,20 @@ def test_ten_thousand_rows_without_torch(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "False\n"
     assert done.stdout.count("\n") == 10_000
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_a_long_table_has_one_heading_and_straight_columns(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "i.db", "write") as store, store.batch():
+        store.conn.execute("INSERT INTO roots (path, single) VALUES (?, 0)", (b"/r",))
+        for number in range(1_100):
+            facts = {"name": "n" * (number % 5)}
+            lora = make.lora(store, f"c{number}", ranks={"16": 2}, facts=facts)
+            store.put_file(make.found(b"%05d" % number), make.facts(lora_id=lora))
+    command = [sys.executable, "-m", "lorafind", "--db", str(tmp_path / "i.db"), "ls"]
+    code, shown = run_on_terminal(command, ROOT, {"NO_COLOR": "1"}, columns=150)
+    header, *lines = shown.splitlines()
+    assert code == 0 and len(lines) == 1_100
+    assert header.startswith("File") and "Architecture" in header
+    assert {line.index("sd1") for line in lines} == {header.index("Architecture")}
+    assert {line.rindex("lora") for line in lines} == {header.index("Status")}

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from lorafind.index.rows import Relation
 from lorafind.index.store import Store
+from lorafind.relations.candidates import RELATION_VERSION
 from lorafind.search.epochs import KEEP, PASS, Epoch, epochs
 from lorafind.search.names import Spot, spot
 from tests.search import small
@@ -159,6 +161,16 @@ def test_names_and_weights_make_a_series(tmp_path: Path, names: list[str], relat
         [(), (), ()] if relate else [("cosine",), ("cosine", "change"), ("change",)]
     )
     assert ("~" in rows[0].reason) is not relate
+
+
+def test_a_pair_that_was_checked_is_not_joined_by_an_estimate(tmp_path: Path) -> None:
+    for name, found in steps(5, {"a-000001": 20, "a": 0}).items():
+        small.save(tmp_path / f"{name}.safetensors", found)
+    small.index(tmp_path / "i.db", tmp_path, relate=False)
+    assert len(series(tmp_path / "i.db")) == 1
+    with Store.open(tmp_path / "i.db", "write") as store, store.batch():
+        store.put_relations([Relation(1, 2, RELATION_VERSION)])
+    assert series(tmp_path / "i.db") == []
 
 
 def test_the_trainers_counts_make_a_series_without_names(tmp_path: Path) -> None:
