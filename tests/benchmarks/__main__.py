@@ -41,18 +41,28 @@ def timed(call: Callable[[], object], repeat: int = 1) -> float:
     return statistics.median(times)
 
 
+#: Runs a command and prints its wall time and peak memory. A process of its own, because a child's
+#: peak begins with that of the process which started it.
+_RUNNER = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+took = time.perf_counter() - began
+print(done.returncode, took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+"""
+
+
 def process(*command: str, repeat: int = 5) -> tuple[float, int]:
-    """Median wall time (s) and the largest peak memory (bytes) of a whole process."""
+    """Median wall time (s) and the largest peak memory (bytes) of a whole process, after one more."""
     times, peak = [], 0
     for _ in range(repeat + 1):
-        began = time.perf_counter()
-        done = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(done.pid, 0)
-        if os.waitstatus_to_exitcode(status) != 0:
-            raise RuntimeError(f"{command} failed")
-        times.append(time.perf_counter() - began)
-        peak = max(peak, usage.ru_maxrss * 1024)
-    return statistics.median(times[1:]), peak
+        runner = [sys.executable, "-c", _RUNNER, *command]
+        told = subprocess.run(runner, capture_output=True, text=True, check=True).stdout.split()
+        if told[0] not in ("0", "3"):
+            raise RuntimeError(f"{command} failed with {told[0]}")
+        times.append(float(told[1]))
+        peak = max(peak, int(told[2]))
+    return statistics.median(times[1:] or times), peak
 
 
 def lorafind(*arguments: str) -> tuple[str, ...]:
