@@ -191,7 +191,7 @@ def _make(
     if not streamed and is_known(content):
         return lora
     sketching.flush()
-    made = signature(sketching.sketcher.blocks())
+    made = signature(sketching.sketcher)
     if not np.isfinite(made.norms).all():
         bad = made.places[int(np.flatnonzero(~np.isfinite(made.norms))[0])].name
         return "invalid", f"its numbers at {bad} are too large to be weights: it is broken"

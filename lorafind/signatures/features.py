@@ -14,19 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafind.formats.adapter import Place
+from lorafind.formats.adapter import GROUPS, Place
 from lorafind.signatures import signs
 from lorafind.signatures.constants import DIMENSIONS, FAINT, SEGMENTS, STYLE
-from lorafind.signatures.sketch import Block, grammed, trace_part
-
-_FAMILY = {"self_attn": 0, "cross_attn": 2, "ff": 4, "conv": 6, "other": 6}
-
-
-def segment(place: Place) -> int:
-    """Index into SEGMENTS of a module."""
-    if place.group == "text":
-        return {"te1": 8, "te2": 9}.get(place.component, 10)
-    return _FAMILY[place.group] + int(place.late)
+from lorafind.signatures.sketch import Part, Sketcher, grammed, segment, trace_part
 
 
 @dataclass
@@ -53,57 +44,42 @@ class Signature:
         return float(np.sqrt(self.norms.sum()))
 
 
-def identity_sketch(blocks: list[Block]) -> tuple[np.ndarray, np.ndarray]:
-    """Identity sketches (11 × 128, each over its exact norm) and the norms per segment.
-
-    The grid of a module, folded along a + b modulo 128, is a circular convolution of its two
-    sides (a tensor sketch); in the Fourier domain that is a product, summed over ranks.
-    """
-    device = blocks[0].left.device
-    norms = torch.zeros(len(SEGMENTS), dtype=blocks[0].norms.dtype, device=device)
-    spectrum = torch.zeros(DIMENSIONS // 2 + 1, len(SEGMENTS), dtype=torch.complex64, device=device)
-    for block in blocks:
-        which = torch.tensor([segment(place) for place in block.places], device=device)
-        norms.index_add_(0, which, block.norms)
-        left, right = (
-            torch.fft.rfft(side.view(2, DIMENSIONS, -1).sum(0), dim=0)
-            for side in (block.left, block.right)
-        )
-        columns = which.repeat_interleave(torch.tensor(block.ranks, device=device))
-        spectrum.index_add_(1, columns, left.mul_(right))
-    sketch = torch.fft.irfft(spectrum, n=DIMENSIONS, dim=0).T
-    exact = norms.sqrt()
-    divisor = torch.where(exact > 0, exact, torch.ones_like(exact))
-    sketch = sketch / divisor.to(sketch.dtype)[:, None]
-    return sketch.cpu().numpy(), exact.cpu().double().numpy()
+def identity_sketch(sketcher: Sketcher) -> tuple[np.ndarray, np.ndarray]:
+    """Identity sketches (11 × 128, each over its exact norm) and the norms per segment."""
+    squares = np.zeros(len(SEGMENTS))
+    for parts in sketcher.parts.values():
+        for part in parts:
+            which = [segment(place) for place in part.places]
+            np.add.at(squares, which, part.norms.double().square().cpu().numpy())
+    sketch = torch.fft.irfft(sketcher.spectrum, n=DIMENSIONS, dim=0).T.cpu().numpy()
+    exact = np.sqrt(squares)
+    return sketch / np.where(exact > 0, exact, 1.0).astype(np.float32)[:, None], exact
 
 
 def votes(norms: Tensor) -> Tensor:
-    """min(1, ‖ΔW_m‖ / (0.01 · median of the group)) of one group; norms are squared."""
-    size = norms.sqrt()
-    return (size / (FAINT * size.median())).clamp(max=1.0)
+    """min(1, ‖ΔW_m‖ / (0.01 · median of the group)) of the modules of one group."""
+    return (norms / (FAINT * norms.median())).clamp(max=1.0)
 
 
-def style_sketch(block: Block) -> tuple[np.ndarray, float] | None:
+def style_sketch(group: str, parts: list[Part]) -> tuple[np.ndarray, float] | None:
     """Style sketch (32,768 float32) of one group and Σ vote²; None where no matrix has a vote."""
-    gram = grammed(block.group)
-    sizes = block.gram_norms if gram else block.norms
-    vector = torch.tensor([p.vector for p in block.places], device=sizes.device)
-    counted = (block.norms > 0) & (sizes > 0) & ~vector
+    norms = torch.cat([part.norms for part in parts])
+    sizes = torch.cat([part.sizes for part in parts])
+    device = norms.device
+    vector = torch.tensor([p.vector for part in parts for p in part.places], device=device)
+    counted = (norms > 0) & (sizes > 0) & ~vector
     if not bool(counted.any()):
         return None
     vote = torch.zeros_like(sizes)
-    vote[counted] = votes(block.norms[counted])
-    factor = torch.where(counted, vote / sizes.sqrt(), torch.zeros_like(sizes))
-    left, right, ranks = block.left, block.right, block.ranks
-    if gram:
-        assert block.gram_left is not None and block.gram_right is not None
-        left, right, ranks = block.gram_left, block.gram_right, block.gram_ranks
-    wide = factor.to(left.dtype).repeat_interleave(torch.tensor(ranks, device=left.device))
-    grid = (left * wide) @ right.T
-    if gram:
-        share = block.traces * factor / torch.tensor(block.widths, device=left.device)
-        grid -= trace_part(block.places, share, block.widths, left.device)
+    vote[counted] = votes(norms[counted])
+    factor = torch.where(counted, vote / sizes, torch.zeros_like(sizes))
+    factors = list(factor.split([len(part.places) for part in parts]))
+    grid = torch.zeros(signs.ROWS, signs.ROWS, device=device)
+    for part, own in zip(parts, factors, strict=True):
+        part.add_to(grid, own)
+    if grammed(group):
+        shares = [part.traces / part.width * own for part, own in zip(parts, factors, strict=True)]
+        grid -= trace_part(parts, shares, device)
     half = signs.ROWS // 2
     # Shifted by a column, two cells that meet share neither row nor column, so that a module of
     # rank 1 is folded as well as any.
@@ -111,13 +87,18 @@ def style_sketch(block: Block) -> tuple[np.ndarray, float] | None:
     return folded.reshape(STYLE).cpu().numpy(), float(vote.square().sum())
 
 
-def signature(blocks: list[Block]) -> Signature:
+def signature(sketcher: Sketcher) -> Signature:
     """The signature of the adapter whose modules a Sketcher has collected (at least one)."""
-    identity, segment_norms = identity_sketch(blocks)
-    styles = {b.group: found for b in blocks if (found := style_sketch(b)) is not None}
+    identity, segment_norms = identity_sketch(sketcher)
+    styles = {
+        group: found
+        for group in GROUPS
+        if (parts := sketcher.parts.get(group)) and (found := style_sketch(group, parts))
+    }
+    everything = [part for parts in sketcher.parts.values() for part in parts]
     return Signature(
-        [place for block in blocks for place in block.places],
-        np.concatenate([block.norms.cpu().double().numpy() for block in blocks]),
+        [place for part in everything for place in part.places],
+        np.concatenate([part.norms.double().square().cpu().numpy() for part in everything]),
         identity,
         segment_norms,
         {group: sketch for group, (sketch, _) in styles.items()},

@@ -11,26 +11,29 @@ E over the signs of ⟨grid(X), grid(Y)⟩ is Σ_m ⟨X_m, Y_m⟩.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lorafind.formats.adapter import GROUPS, Place
+from lorafind.formats.adapter import Place
 from lorafind.formats.delta import Delta, Kronecker, LowRank
 from lorafind.signatures import signs
+from lorafind.signatures.constants import DIMENSIONS, SEGMENTS
 
 F32 = torch.float32
+#: Modules of a higher rank are kept as grids.
+RANK = 128
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=8192)
 def _sign_row(matrix: str, name: str, width: int) -> Tensor:
     return torch.from_numpy(signs.stream(matrix, name, width))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=384)
 def _sign_block(matrix: str, names: tuple[str, ...], width: int, device: torch.device) -> Tensor:
     """Signs of several modules, len(names) × width, float32."""
     rows = torch.stack([_sign_row(matrix, name, width) for name in names])
@@ -67,32 +70,36 @@ def rotate(x: Tensor) -> Tensor:
 
 
 @dataclass
-class Block:
-    """What the sketches need of the modules of one group (columns run over all their ranks).
+class Part:
+    """Modules of one group and shape, sketched: what style needs of them.
 
-    left, right: S·B and S'·Aᵀ, 256 × Σr float32, masks applied, scale in ``left``; gram_left,
-    gram_right: the same for the Gram matrix K (right: on the second stride; left: times AAᵀ),
-    None where style does not use it. A dense module's columns are its grid and an identity.
-    norms: ‖ΔW‖²; gram_norms: ‖K₀‖²; traces: tr K; float64, one per module; widths: o.
+    left, right: the sides whose product is the grid of the modules (of ΔW, or of K where style
+    looks at K), 256 × (modules·rank) float32, masks applied. Above RANK the grids themselves are
+    fewer numbers: modules × 65,536 float16, each over its ``sizes``.
+    norms: ‖ΔW‖; sizes: norm of what style looks at (‖ΔW‖ or ‖K₀‖); traces: tr K; one per module,
+    float64. width: o.
     """
 
-    group: str
     places: list[Place]
-    ranks: list[int]
-    left: Tensor
-    right: Tensor
-    gram_ranks: list[int]
-    gram_left: Tensor | None
-    gram_right: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+    grids: Tensor | None
     norms: Tensor
-    gram_norms: Tensor
+    sizes: Tensor
     traces: Tensor
-    widths: list[int]
+    width: int
 
-
-def _columns(x: Tensor) -> Tensor:
-    """modules × rows × rank → rows × (modules·rank)."""
-    return x.permute(1, 0, 2).flatten(1)
+    def add_to(self, grid: Tensor, factors: Tensor) -> None:
+        """grid += Σ_m factor_m · grid_m."""
+        if self.grids is not None:
+            weights = (factors * self.sizes).to(F32)
+            for weight, unit in zip(weights, self.grids, strict=True):
+                grid += weight * unit.to(F32).view_as(grid)
+            return
+        assert self.left is not None and self.right is not None
+        rank = self.left.shape[1] // len(self.places)
+        wide = factors.to(F32).repeat_interleave(rank)
+        grid.addmm_(self.left * wide, self.right.T)
 
 
 def grammed(group: str) -> bool:
@@ -100,18 +107,35 @@ def grammed(group: str) -> bool:
     return group in ("cross_attn", "text")
 
 
+def segment(place: Place) -> int:
+    """Index into SEGMENTS of a module."""
+    if place.group == "text":
+        return {"te1": 8, "te2": 9}.get(place.component, 10)
+    return _FAMILY[place.group] + int(place.late)
+
+
+_FAMILY = {"self_attn": 0, "cross_attn": 2, "ff": 4, "conv": 6, "other": 6}
+
 #: Place, up, down, scale.
 _Factors = tuple[Place, Tensor, Tensor, float]
 
 
 class Sketcher:
-    """Collects modules, a batch at a time, and keeps only 512 numbers per rank of each."""
+    """Collects modules, a batch at a time; per module at most 512 numbers per rank are kept.
+
+    parts: group → what style needs. spectrum: the identity sketches of all segments in the Fourier
+    domain, 65 × 11 complex64. The grid of a module, folded along a + b modulo 128, is a circular
+    convolution of its two sides (a tensor sketch), which is a product there, summed over ranks.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         # Norms are added up in float64, which Apple's GPUs lack.
         self._exact = torch.float32 if device.type == "mps" else torch.float64
-        self._parts: dict[str, list[Block]] = defaultdict(list)
+        self.parts: dict[str, list[Part]] = defaultdict(list)
+        self.spectrum = torch.zeros(
+            DIMENSIONS // 2 + 1, len(SEGMENTS), dtype=torch.complex64, device=device
+        )
 
     def add(self, modules: Iterable[tuple[Place, Delta]]) -> None:
         """Take modules in; matrices of one shape and group are worked on together."""
@@ -152,31 +176,16 @@ class Sketcher:
         a *= self._signs("d'", names, n).unsqueeze(1)
         left = self._side(_columns(fold(b, signs.STRIDE, 1)), "e", names, scale)
         right = self._side(fold(a, signs.STRIDE, 2).flatten(0, 1).T, "f", names)
-        gram_left = gram_right = None
-        gram_norms = traces = torch.zeros_like(norms)
-        if grammed(places[0].group):
-            columns = left.view(signs.ROWS, len(items), rank).permute(1, 0, 2)
-            gram_left = (columns @ gram_a).permute(1, 0, 2).reshape(signs.ROWS, -1)
-            second = fold(b, signs.GRAM_STRIDE, 1)
-            gram_right = self._side(_columns(second), "f", names, scale)
-            product = (gram_b @ gram_a) * square[:, None, None]
-            gram_norms = (product * product.mT).sum((1, 2)).to(self._exact) - norms.square() / o
-            traces = norms
-        ranks = [rank] * len(items)
-        gram_ranks = ranks if gram_left is not None else []
-        self._keep(
-            places,
-            ranks,
-            left,
-            right,
-            gram_ranks,
-            gram_left,
-            gram_right,
-            norms,
-            gram_norms,
-            traces,
-            o,
-        )
+        self._add_identity(places, left, right)
+        if not grammed(places[0].group):
+            self._keep(places, left, right, norms, norms, torch.zeros_like(norms), o)
+            return
+        columns = left.view(signs.ROWS, len(items), rank).permute(1, 0, 2)
+        left = (columns @ gram_a).permute(1, 0, 2).reshape(signs.ROWS, -1)
+        right = self._side(_columns(fold(b, signs.GRAM_STRIDE, 1)), "f", names, scale)
+        product = (gram_b @ gram_a) * square[:, None, None]
+        squares = (product * product.mT).sum((1, 2)).to(self._exact) - norms.square() / o
+        self._keep(places, left, right, norms, squares, norms, o)
 
     def _add_dense(self, place: Place, x: Tensor) -> None:
         name, (o, n) = (place.name,), x.shape
@@ -186,62 +195,51 @@ class Sketcher:
         folded = fold(x, signs.STRIDE, 0)
         grid = fold(folded, signs.STRIDE, 1)
         left = self._side(grid, "e", name)
-        right = self._side(self._eye(grid.shape[1]), "f", name)
-        gram_left = gram_right = None
-        gram_norms = traces = torch.zeros_like(norms)
-        grams = []
-        if grammed(place.group):
-            product = folded @ fold(x, signs.GRAM_STRIDE, 0).T
-            gram_left = self._side(product, "e", name)
-            gram_right = self._side(self._eye(product.shape[1]), "f", name)
-            small = x @ x.T if o <= n else x.T @ x
-            gram_norms = small.square().sum(dtype=self._exact).reshape(1) - norms.square() / o
-            traces, grams = norms, [product.shape[1]]
-        ranks = [grid.shape[1]]
-        self._keep(
-            [place], ranks, left, right, grams, gram_left, gram_right, norms, gram_norms, traces, o
-        )
+        right = self._side(torch.eye(grid.shape[1], device=self.device), "f", name)
+        self._add_identity([place], left, right)
+        if not grammed(place.group):
+            self._keep([place], left, right, norms, norms, torch.zeros_like(norms), o)
+            return
+        product = folded @ fold(x, signs.GRAM_STRIDE, 0).T
+        left = self._side(product, "e", name)
+        right = self._side(torch.eye(product.shape[1], device=self.device), "f", name)
+        small = x @ x.T if o <= n else x.T @ x
+        squares = small.square().sum(dtype=self._exact).reshape(1) - norms.square() / o
+        self._keep([place], left, right, norms, squares, norms, o)
+
+    def _add_identity(self, places: list[Place], left: Tensor, right: Tensor) -> None:
+        which = torch.tensor([segment(place) for place in places], device=self.device)
+        rows = left.view(2, DIMENSIONS, -1).sum(0), right.view(2, DIMENSIONS, -1).sum(0)
+        product = torch.fft.rfft(rows[0], dim=0).mul_(torch.fft.rfft(rows[1], dim=0))
+        columns = which.repeat_interleave(left.shape[1] // len(places))
+        self.spectrum.index_add_(1, columns, product)
 
     def _keep(
         self,
         places: list[Place],
-        ranks: list[int],
         left: Tensor,
         right: Tensor,
-        gram_ranks: list[int],
-        gram_left: Tensor | None,
-        gram_right: Tensor | None,
         norms: Tensor,
-        gram_norms: Tensor,
+        squares: Tensor,
         traces: Tensor,
         width: int,
     ) -> None:
-        group = places[0].group
-        self._parts[group].append(
-            Block(
-                group,
-                places,
-                ranks,
-                left,
-                right,
-                gram_ranks,
-                gram_left,
-                gram_right,
-                norms,
-                gram_norms.clamp(min=0.0),
-                traces,
-                [width] * len(places),
-            )
-        )
+        sizes = squares.clamp(min=0.0).sqrt()
+        part = Part(places, left, right, None, norms.sqrt(), sizes, traces, width)
+        if left.shape[1] > RANK * len(places):
+            count = len(places)
+            sides = (x.view(signs.ROWS, count, -1).permute(1, 0, 2) for x in (left, right))
+            one, two = sides
+            divisor = torch.where(sizes > 0, sizes, torch.ones_like(sizes)).to(F32)
+            grids = (one @ two.mT) / divisor[:, None, None]
+            part.left, part.right, part.grids = None, None, grids.flatten(1).to(torch.float16)
+        self.parts[places[0].group].append(part)
 
     def _signs(self, matrix: str, names: tuple[str, ...], width: int) -> Tensor:
         return _sign_block(matrix, names, width, self.device)
 
     def _stack(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors).to(device=self.device, dtype=F32, non_blocking=True)
-
-    def _eye(self, size: int) -> Tensor:
-        return torch.eye(size, device=self.device)
 
     def _side(
         self, folded: Tensor, matrix: str, names: tuple[str, ...], scale: Tensor | None = None
@@ -257,51 +255,25 @@ class Sketcher:
         rotated.view(signs.ROWS, len(names), -1).mul_(mask.T.unsqueeze(2))
         return rotated
 
-    def blocks(self) -> list[Block]:
-        """Everything that was added, one block per group. The Sketcher is empty afterwards."""
-        parts, self._parts = self._parts, defaultdict(list)
-        return [_join(parts[group]) for group in GROUPS if group in parts]
+
+def _columns(x: Tensor) -> Tensor:
+    """modules × rows × rank → rows × (modules·rank)."""
+    return x.permute(1, 0, 2).flatten(1)
 
 
-def _join(parts: list[Block]) -> Block:
-    def together(pick: Callable[[Block], Tensor | None]) -> Tensor | None:
-        found = [x for part in parts if (x := pick(part)) is not None]
-        return torch.cat(found, -1) if found else None
-
-    left, right = together(lambda p: p.left), together(lambda p: p.right)
-    norms, gram_norms = together(lambda p: p.norms), together(lambda p: p.gram_norms)
-    traces = together(lambda p: p.traces)
-    assert left is not None and right is not None
-    assert norms is not None and gram_norms is not None and traces is not None
-    return Block(
-        parts[0].group,
-        [place for part in parts for place in part.places],
-        [rank for part in parts for rank in part.ranks],
-        left,
-        right,
-        [rank for part in parts for rank in part.gram_ranks],
-        together(lambda p: p.gram_left),
-        together(lambda p: p.gram_right),
-        norms,
-        gram_norms,
-        traces,
-        [width for part in parts for width in part.widths],
-    )
-
-
-def trace_part(
-    places: list[Place], weights: Tensor, widths: list[int], device: torch.device
-) -> Tensor:
+def trace_part(parts: list[Part], shares: list[Tensor], device: torch.device) -> Tensor:
     """Σ_m w_m·grid_m(I), 256 × 256: what the trace parts of Gram matrices add to a grid.
 
-    weights: one number per module, (tr K_m/o)·its vote.
+    shares: per part, one number per module: (tr K_m/o)·its factor.
     """
     total = torch.zeros(signs.ROWS, signs.ROWS, device=device)
-    for width in sorted(set(widths)):
-        picked = [i for i, w in enumerate(widths) if w == width]
-        names = tuple(places[i].name for i in picked)
+    by_width: dict[int, list[tuple[Part, Tensor]]] = defaultdict(list)
+    for part, share in zip(parts, shares, strict=True):
+        by_width[part.width].append((part, share))
+    for width, members in by_width.items():
+        names = tuple(place.name for part, _ in members for place in part.places)
+        weights = torch.cat([share for _, share in members]).to(F32)
         e = _sign_block("e", names, signs.ROWS, device)
         f = _sign_block("f", names, signs.ROWS, device)
-        mixed = e.T @ (f * weights[picked].to(F32)[:, None])
-        total += mixed * _trace_grid(width, device)
+        total += (e.T @ (f * weights[:, None])) * _trace_grid(width, device)
     return total

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.tools import copied, environment, index
+from tests.e2e.tools import age, copied, environment, index
 
 #: The program, which says at its end what it has loaded.
 TELLING = """
@@ -31,20 +32,18 @@ def db(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     chosen = sorted(path.name for path in bench.glob("*-train-*.safetensors"))[:36]
     loras = copied(bench, folder / "loras", chosen)
     copied(bench, loras / "again", chosen[:2])
-    copied(
-        shared / "loras/real",
-        loras,
-        [
-            "sd1_diffusers_timohavdk_2100-lora.safetensors",
-            "sd1_kohya-doubled-prefix_timohavdk_new.safetensors",
-        ],
-    )
+    run = ("sd1_diffusers_timohavdk_earlier-step", "sd1_diffusers_timohavdk_2100-lora")
+    for step, name in enumerate(run, 1):
+        shutil.copy2(
+            shared / f"loras/real/{name}.safetensors", loras / f"fox-{step:06}.safetensors"
+        )
+    age(loras)
     copied(shared / "loras/malformed", loras, ["embedding.safetensors"])
     index(folder / "i.db", loras)
     return folder / "i.db"
 
 
-REAL = "sd1_diffusers_timohavdk_2100-lora.safetensors"
+REAL = "fox-000002.safetensors"
 LIGHT = {
     "help": ["--help"],
     "help of a command": ["similar", "--help"],
@@ -52,7 +51,7 @@ LIGHT = {
     "similar": ["similar", "loras/{first}", "--json"],
     "similar without a basis": ["similar", f"loras/{REAL}", "--json"],
     "similar by groups": ["similar", "loras/{first}", "--by", "self,ff", "--all", "--json"],
-    "similar by name": ["similar", "timohavdk_2100", "--json"],
+    "similar by name": ["similar", "fox-000002", "--json"],
     "dupes": ["dupes", "--json"],
     "dupes others": ["dupes", "--others", "-0"],
     "index": ["index", "--json"],
@@ -61,7 +60,7 @@ LIGHT = {
     "whatis of what is no LoRA": ["whatis", "loras/embedding.safetensors", "--json"],
     "ls": ["ls", "--json"],
     "epochs": ["epochs", "--json"],
-    "info of a header": ["info", "--header", f"loras/{REAL}", "--json"],
+    "info of a header": ["info", "--header-only", f"loras/{REAL}", "--json"],
 }
 
 

@@ -38,7 +38,7 @@ def collect(loras: list[dict[int, LowRank]]) -> tuple[Identities, dict[int, list
     for lora in loras:
         sketcher = Sketcher(CPU)
         sketcher.add((place(k), delta) for k, delta in lora.items())
-        made = signature(sketcher.blocks())
+        made = signature(sketcher)
         order = sorted(range(len(made.places)), key=lambda i: made.places[i].name)
         layout = tuple(made.places[i].name for i in order)
         number = names.setdefault(layout, len(names))

@@ -28,7 +28,7 @@ def made() -> tuple[np.ndarray, dict[str, np.ndarray]]:
         up = torch.arange(o * 2).view(o, 2).remainder(7) - 3.0
         down = torch.arange(n * 2).view(2, n).remainder(5) - 2.0
         sketcher.add([(place, LowRank(up, down, 0.5))])
-    found = signature(sketcher.blocks())
+    found = signature(sketcher)
     return found.identity, found.style
 
 
