@@ -230,8 +230,15 @@ class Sketcher:
             count = len(places)
             sides = (x.view(signs.ROWS, count, -1).permute(1, 0, 2) for x in (left, right))
             one, two = sides
-            divisor = torch.where(sizes > 0, sizes, torch.ones_like(sizes)).to(F32)
-            grids = (one @ two.mT) / divisor[:, None, None]
+            grids = one @ two.mT
+            if grammed(places[0].group):
+                # float16 would drown K₀ in the roundoff of the trace part.
+                names = tuple(place.name for place in places)
+                e, f = self._signs("e", names, signs.ROWS), self._signs("f", names, signs.ROWS)
+                shares = (traces / width).to(F32)[:, None, None]
+                grids -= shares * e[:, :, None] * f[:, None] * _trace_grid(width, self.device)
+                part.traces = torch.zeros_like(traces)
+            grids /= torch.where(sizes > 0, sizes, torch.ones_like(sizes)).to(F32)[:, None, None]
             part.left, part.right, part.grids = None, None, grids.flatten(1).to(torch.float16)
         self.parts[places[0].group].append(part)
 
