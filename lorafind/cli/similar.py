@@ -59,6 +59,7 @@ def similar(
     """
     from lorafind.api import Index
     from lorafind.files.outcome import NotAnAdapter
+    from lorafind.index.problem import IndexProblem
     from lorafind.search.similar import Wishes
 
     wishes = Wishes(count, [w for w in by.split(",") if w], min_score, min_z, every, same_base)
@@ -72,16 +73,16 @@ def similar(
         def rows() -> Iterator[dict[str, Any]]:
             nonlocal code
             for target in targets(names):
+                none = True
                 try:
                     asked = index.ask(target, allow_pickle)
-                except NotAnAdapter as error:
+                    for neighbour in index.similar(asked, wishes):
+                        none = False
+                        yield neighbour.to_json()
+                except (NotAnAdapter, IndexProblem) as error:
                     session.sink.warn(str(error))
                     code = Code.PARTIAL
                     continue
-                none = True
-                for neighbour in index.similar(asked, wishes):
-                    none = False
-                    yield neighbour.to_json()
                 if none:
                     session.sink.note(
                         f"Nothing in the index can be compared with {asked.path} "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.index.problem import IndexProblem
 from lorafind.index.rows import Module
 from lorafind.index.store import Store
 from lorafind.search.scores import Query
@@ -56,7 +57,10 @@ def stored_query(store: Store, lora: int) -> Query:
     architecture, layout = store.conn.execute(
         "SELECT architecture, layout FROM loras WHERE id = ?", (lora,)
     ).fetchone()
-    (_, signature) = next(iter(store.signatures(SIGNATURE_VERSION, [lora])))
+    found = next(iter(store.signatures(SIGNATURE_VERSION, [lora])), None)
+    if found is None:
+        raise IndexProblem("its signature is of another version of lorafind: run `lorafind index`.")
+    signature = found[1]
     return Query(lora, architecture, layout, store.layout(layout)[1], signature)
 
 
@@ -66,6 +70,8 @@ def examine_file(path: str, allow_pickle: bool = False, device: str = "cpu") -> 
     from lorafind.index.examine import examine
     from lorafind.signatures.device import choose
 
+    if os.path.isdir(path):
+        raise NotAnAdapter("not-a-file", f"{path} is a folder: name the files in it")
     target = Target(os.fsencode(path), b"", True)
     (found,) = scan([target], ScanReport(), allow_pickle)
     if found.outcome:

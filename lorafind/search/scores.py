@@ -49,27 +49,30 @@ def default_groups(bits: int) -> tuple[str, ...]:
 def by_basis(store: Store, basis: Basis, query: Query, wanted: Sequence[str]) -> Scored:
     """Cosines in the basis, over the groups that both LoRAs have; streams the embeddings."""
     parts = _parts(store, basis, query)
-    families = dict(store.conn.execute("SELECT lora, family FROM families"))
     own = set(group_bits.names(query.signature.groups)) & set(basis.groups) & set(wanted)
     ids, layouts, scores = [], [], []
     cache: dict[int, np.ndarray] = {}
     lacking: list[np.ndarray] = []
+    model = set(basis.spaces["model"].groups) if "model" in basis.spaces else set()
     for block, rows in store.chunks.scan("embedding", basis.id):
-        for bits in np.unique(rows["groups"]).tolist():
+        groups = rows["groups"]
+        mixed = groups.min() != groups.max()
+        for bits in np.unique(groups).tolist() if mixed else [int(groups[0])]:
             have = set(group_bits.names(bits))
             common = tuple(sorted(own & have))
             if not common:
                 continue
-            same = rows["groups"] == bits
-            if bits not in cache:
-                cache[bits] = basis.vectors(parts, common)[0]
-            if set(common) == have & set(SPACES["model"]):
-                # The stored unit vector is over just these groups.
-                ids.append(block[same])
-                layouts.append(rows["layout"][same])
-                scores.append(rows["vector"][same] @ cache[bits].astype(np.float32))
-            else:
+            same = groups == bits if mixed else slice(None)
+            if set(common) != have & model:
                 lacking.append(block[same])
+                continue
+            # The stored unit vector is over just these groups.
+            if bits not in cache:
+                cache[bits] = basis.vectors(parts, common)[0].astype(np.float32)
+            # Copies: a view would keep the whole block in memory.
+            ids.append(block[same].copy())
+            layouts.append(rows["layout"][same].copy())
+            scores.append(rows["vector"][same] @ cache[bits])
     if lacking:
         rest = _by_parts(store, basis, parts, own, np.concatenate(lacking))
         for column, more in zip((ids, layouts, scores), rest, strict=True):
@@ -78,10 +81,23 @@ def by_basis(store: Store, basis: Basis, query: Query, wanted: Sequence[str]) ->
         empty = np.empty(0, np.int64)
         return Scored(empty, empty, empty, np.empty(0), tuple(sorted(own)))
     numbers = np.concatenate(ids)
-    heads = np.fromiter((families.get(int(i), int(i)) for i in numbers), np.int64, len(numbers))
     return Scored(
-        numbers, np.concatenate(layouts), heads, np.concatenate(scores), tuple(sorted(own))
+        numbers,
+        np.concatenate(layouts),
+        _heads(store, numbers),
+        np.concatenate(scores),
+        tuple(sorted(own)),
     )
+
+
+def _heads(store: Store, ids: np.ndarray) -> np.ndarray:
+    """The family of every LoRA: its own id where it has no relatives."""
+    rows = store.conn.execute("SELECT lora, family FROM families ORDER BY lora").fetchall()
+    if not rows:
+        return ids
+    known, family = np.array(rows, np.int64).T
+    where = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.where(known[where] == ids, family[where], ids)
 
 
 def _parts(store: Store, basis: Basis, query: Query) -> np.ndarray:

@@ -240,9 +240,12 @@ def _rows(
         known = cards(store, scored.ids[block].tolist())
         # Copies score alike: their order must not hang on the order of indexing.
         ties = [
-            (-round(float(scored.scores[k]), 5), known[int(scored.ids[k])].paths) for k in block
+            (-round(float(scored.scores[k]), 5), known[number].paths, k)
+            for k in block.tolist()
+            # A writer may have taken a LoRA out meanwhile.
+            if (number := int(scored.ids[k])) in known
         ]
-        for _, k in sorted(zip(ties, block.tolist(), strict=True)):
+        for _, _, k in sorted(ties):
             number, family = int(scored.ids[k]), int(scored.families[k])
             score, my_z = float(scored.scores[k]), _number(z[k])
             if shown >= wishes.count or (wishes.min_score is not None and score < wishes.min_score):

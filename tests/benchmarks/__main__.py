@@ -24,7 +24,7 @@ import numpy as np
 
 
 class Line(NamedTuple):
-    """A row of the table; goal: what DESIGN 11 asks for, empty where it only asks for the figure."""
+    """A row of the table; goal: what is asked for, empty where only the figure is wanted."""
 
     what: str
     value: str
@@ -53,7 +53,7 @@ print(done.returncode, took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_max
 
 
 def process(*command: str, repeat: int = 5) -> tuple[float, int]:
-    """Median wall time (s) and the largest peak memory (bytes) of a whole process, after one more."""
+    """Median wall time (s) and largest peak memory (bytes) of a process, after a warm-up."""
     times, peak = [], 0
     for _ in range(repeat + 1):
         runner = [sys.executable, "-c", _RUNNER, *command]
@@ -151,14 +151,12 @@ def million(place: Path, scale: float) -> Iterator[Line]:
     from lorafind.index.store import Store
     from lorafind.search.query import ask
     from lorafind.search.scores import by_basis
-    from tests.benchmarks.planted import COMPONENTS, _basis, fill, settle
+    from tests.benchmarks.planted import COMPONENTS, fill, settle
 
     n = int(1_000_000 * scale)
     (place / "files").mkdir()
-    fill(place / "x.db", 100, place / "files", with_identity=False)
+    fill(place / "x.db", n, place / "files", with_identity=False)
     settle(place / "x.db")
-    with Store.open(place / "x.db", "write") as store:
-        _basis(store, n, 1, np.random.default_rng(3))
     with Store.open(place / "x.db") as store:
         from lorafind.bases.stored import current
 
@@ -176,9 +174,7 @@ def million(place: Path, scale: float) -> Iterator[Line]:
                 rows["vector"] @ vector
 
         floor = timed(product, 5)
-        memory = np.ones((n, COMPONENTS), np.float32)
-        bare = timed(lambda: memory @ np.ones(COMPONENTS, np.float32), 5)
-        del memory
+        bare = _in_memory(n, COMPONENTS)
     yield Line(f"scores at {n:,} ({size / 1e6:,.0f} MB of embeddings)", f"{took:.2f} s", "")
     yield Line(
         "… / numpy product over the same rows read from the index", f"{took / floor:.2f}", "≤ 1.2"
@@ -186,6 +182,12 @@ def million(place: Path, scale: float) -> Iterator[Line]:
     yield Line("… / numpy product over the same bytes already in memory", f"{took / bare:.2f}", "")
     _, peak = process(*lorafind("--db", str(place / "x.db"), "similar", "lora 3"), repeat=1)
     yield Line("… peak memory of the process", f"{peak / 2**20:.0f} MiB", "< 1024 MiB")
+
+
+def _in_memory(rows: int, columns: int) -> float:
+    """One numpy product over as many bytes that are in memory already."""
+    matrix, vector = np.ones((rows, columns), np.float32), np.ones(columns, np.float32)
+    return timed(lambda: matrix @ vector, 5)
 
 
 def dupes(place: Path, scale: float) -> Iterator[Line]:

@@ -9,8 +9,7 @@ import numpy as np
 
 from lorafind.bases.collection import Space
 from lorafind.bases.stored import Basis, to_stored
-from lorafind.files.scan import Found
-from lorafind.index.rows import FileFacts, LoraFacts, Module, StoredSignature
+from lorafind.index.rows import Module, StoredSignature
 from lorafind.index.store import Store
 from lorafind.signatures.constants import (
     DIMENSIONS,
@@ -50,22 +49,22 @@ def identities(n: int, seed: int, norms: int = 192) -> tuple[np.ndarray, np.ndar
 
 
 def fill(db: Path, n: int, folder: Path, styles: int = 64, with_identity: bool = True) -> None:
-    """An index of n LoRAs of one architecture with embeddings; ``styles`` of them can be queries."""
+    """An index of n LoRAs of one architecture; ``styles`` of them can be queries."""
     rng = np.random.default_rng(1)
     record, norms = identities(n, 2) if with_identity else (None, None)
     with Store.open(db, "write") as store:
-        (target,) = store.targets([folder])
+        store.targets([folder])
         with store.batch():
             where = store.put_layout("sd1", layout())
-        for start in range(0, n, 2000):
+        rows(store, 0, n, where, norms)
+        with store.batch():
+            for k in range(min(styles, n)):
+                store.put_signature(k + 1, signature(rng))
+        for start in range(0, n if record is not None else 0, 4096):
+            assert record is not None
+            ids = np.arange(start, min(start + 4096, n)) + 1
             with store.batch():
-                for k in range(start, min(start + 2000, n)):
-                    _lora(store, k, where, target.root, None if norms is None else norms[k])
-                    if k < styles:
-                        store.put_signature(k + 1, signature(rng))
-                if record is not None:
-                    ids = np.arange(start, min(start + 2000, n)) + 1
-                    store.chunks.append_many("identity", "sd", ids, record[ids - 1])
+                store.chunks.append_many("identity", "sd", ids, record[ids - 1])
         _basis(store, n, where, rng)
 
 
@@ -77,27 +76,35 @@ def signature(rng: np.random.Generator) -> StoredSignature:
     )
 
 
-def _lora(store: Store, k: int, where: int, root: bytes, norms: np.ndarray | None) -> None:
-    norms = np.ones(192, np.float32) if norms is None else norms
-    facts = LoraFacts(
-        content=f"{k:064x}",
-        data_sha256=f"{k:064x}",
-        architecture="sd1",
-        family="lora",
-        spelling="kohya",
-        ranks={"16": 192},
-        alphas={"8": 192},
-        dtype="F16",
-        effective_dtype="F16",
-        layout=where,
-        norm=1.0,
-        norms=norms,
-        version=VERSION,
-        facts={"name": f"lora {k}"},
-    )
-    number = store.put_lora(facts)
-    found = Found(root, f"{k}.safetensors".encode(), 12_000_000, 1, 1, 1, k + 1)
-    store.put_file(found, FileFacts("lora", VERSION, 10**18, "", f"{k:064x}", None, number))
+def rows(store: Store, first: int, last: int, where: int, norms: np.ndarray | None) -> None:
+    """LoRAs first … last − 1 (from 0) and a file of each, in bulk."""
+    (root,) = store.conn.execute("SELECT id FROM roots").fetchone()
+    ones = np.ones(192, np.float32).tobytes()
+    with store.batch():
+        store.conn.executemany(
+            "INSERT INTO loras VALUES (?, ?, ?, 'sd1', 'lora', 'kohya', '{\"16\": 192}', "
+            "'{\"8\": 192}', 'F16', 'F16', ?, 1.0, ?, ?, '[]', '[]', '{}', ?)",
+            (
+                (
+                    k + 1,
+                    f"{k:064x}",
+                    f"{k:064x}",
+                    where,
+                    ones if norms is None else norms[k].tobytes(),
+                    f'{{"name": "lora {k}"}}',
+                    VERSION,
+                )
+                for k in range(first, last)
+            ),
+        )
+        store.conn.executemany(
+            "INSERT INTO files VALUES (NULL, ?, ?, 12000000, 1, 1, 1, ?, 0, NULL, 'lora', '', ?, "
+            "?, ?, 1000000000000000000, 'here')",
+            (
+                (root, f"{k}.safetensors".encode(), k + 1, f"{k:064x}", k + 1, VERSION)
+                for k in range(first, last)
+            ),
+        )
 
 
 def _basis(store: Store, n: int, where: int, rng: np.random.Generator) -> None:
@@ -114,12 +121,15 @@ def _basis(store: Store, n: int, where: int, rng: np.random.Generator) -> None:
         store.put_basis(to_stored(basis))
     for start in range(0, n, 4096):
         ids = np.arange(start, min(start + 4096, n)) + 1
-        rows = np.zeros(len(ids), basis.record)
-        rows["groups"], rows["layout"] = 0b111, where
+        records = np.zeros(len(ids), basis.record)
+        records["groups"], records["layout"] = 0b111, where
         vectors = rng.standard_normal((len(ids), COMPONENTS), np.float32)
-        rows["vector"] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        records["vector"] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         with store.batch():
-            store.chunks.append_many("embedding", basis.id, ids, rows)
+            store.chunks.append_many("embedding", basis.id, ids, records)
+            if not start:
+                parts = rng.standard_normal((len(ids), basis.width), np.float32)
+                store.chunks.append_many("parts", basis.id, ids, parts)
 
 
 def settle(db: Path) -> None:
