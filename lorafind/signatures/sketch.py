@@ -253,8 +253,9 @@ class Sketcher:
     ) -> Tensor:
         """Rotate and mask rows × (modules·rank); returns 256 × (modules·rank)."""
         rows, columns = folded.shape
-        padded = torch.zeros(signs.ROWS, columns, device=self.device)
+        padded = torch.empty(signs.ROWS, columns, device=self.device)
         padded[:rows] = folded
+        padded[rows:] = 0.0
         mask = self._signs(matrix, names, signs.ROWS)
         if scale is not None:
             mask = mask * scale[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,7 +202,7 @@ def held(keeper: Path_, path: Path_, pairs: list[Pair]) -> tuple[str, bool]:
     return "", False
 
 
-def below(path: Path, folder: Path, names: list[str]) -> bool:
+def below(path: Path, folder: Path, names: Sequence[str]) -> bool:
     return any(path == folder / name or folder / name in path.parents for name in names)
 
 

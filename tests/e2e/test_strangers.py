@@ -102,7 +102,7 @@ def test_one_a_under_two_b_is_nothing(shared: Path, tmp_path: Path) -> None:
             name: LowRank(torch.randn(d.up.shape, generator=g) * d.up.std(), d.down)
             for name, d in lows(y)
         }
-    frozen = {
+    frozen: Modules = {
         name: LowRank(d.up, torch.randn(d.down.shape, generator=g) * d.down.std())
         for name, d in lows(y)
     }

@@ -25,6 +25,7 @@ from tests.e2e.tools import (
     told,
 )
 
+UP = ("lora_up.weight", "lora_B.weight")
 FIELDS = {
     "query": str,
     "position": int,
@@ -57,7 +58,7 @@ def folder(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     v.write(folder / "loras/half.safetensors", half)
     for number, base in ((1, "pony"), (2, "pony"), (3, "illustrious")):
         tensors = load_file(bench / chosen[-number])
-        scaled = {key: t / 2 if "up" in key or "lora_B" in key else t for key, t in tensors.items()}
+        scaled = {key: t / 2 if key.endswith(UP) else t for key, t in tensors.items()}
         metadata = {"ss_sd_model_name": f"{base}.safetensors"}
         v.write(folder / f"loras/base-{number}-{base}.safetensors", scaled, metadata)
     copied(
@@ -144,7 +145,7 @@ def test_a_file_that_is_not_indexed(folder: Path, shared: Path, tmp_path: Path) 
     first = sorted((folder / "loras").glob("*-train-*"))[0]
     tensors = load_file(first)
     for key in tensors:
-        if "up" in key or "lora_B" in key:
+        if key.endswith(UP):
             tensors[key] = tensors[key] * 0.5
     v.write(target, tensors)
     rows_ = similar(folder, target, "--all")
@@ -154,7 +155,7 @@ def test_a_file_that_is_not_indexed(folder: Path, shared: Path, tmp_path: Path) 
 
 def test_what_cannot_be_compared_is_said(folder: Path, shared: Path, first: Path) -> None:
     malformed = shared / "loras/malformed"
-    said = {
+    said: dict[str | Path, str] = {
         folder / "loras/all_zero.safetensors": "ΔW is zero",
         malformed / "all_zero.safetensors": "ΔW is zero",
         malformed / "nan.safetensors": "NaN",

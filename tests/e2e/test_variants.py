@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +133,7 @@ def _check(parent: Path, variants: v.Variants, shared: Path, tmp_path: Path) -> 
         if relation is None:
             wrong.append(f"{name}: nothing instead of {variant.grade}")
             continue
-        kinds = {step["kind"] for step in relation["steps"]}
+        kinds = frozenset(step["kind"] for step in relation["steps"])
         words = ", ".join(step["words"] for step in relation["steps"])
         if (relation["grade"], kinds) != (variant.grade, variant.kinds):
             wrong.append(
@@ -161,9 +161,5 @@ def _check_groups(db: Path, expected: dict[str, v.Variant]) -> None:
             assert row.grade == expected[name].grade, name
             assert row.removable <= (row.grade in ("file", "tensors", "weights")), name
     for group in groups:
-        assert sum(row.grade == "keeper" for row in group.files) == 1
-        assert not next(iter(_rows(group.files, group.keeper))).removable
-
-
-def _rows(files: tuple[object, ...], path: str) -> Iterator[object]:
-    return (row for row in files if row.path == path)  # type: ignore[attr-defined]
+        (keeper,) = [row for row in group.files if row.grade == "keeper"]
+        assert keeper.path == group.keeper and not keeper.removable

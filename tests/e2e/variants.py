@@ -138,18 +138,20 @@ def kohya_layout(model: str) -> dict[str, tuple[int, int]]:
 # ---------------------------------------------------------------------------- what is written
 
 
-def sgm(name: str) -> str:
+def sgm(name: str, dot: str = ".") -> str:
     """The original name of a U-Net block of SD1, SD2 and SDXL (three slots per level)."""
 
     def down(m: re.Match[str]) -> str:
-        return f"input_blocks.{1 + 3 * int(m[1]) + int(m[2])}.1."
+        return dot.join(("input_blocks", str(1 + 3 * int(m[1]) + int(m[2])), "1", ""))
 
     def up(m: re.Match[str]) -> str:
-        return f"output_blocks.{3 * int(m[1]) + int(m[2])}.1."
+        return dot.join(("output_blocks", str(3 * int(m[1]) + int(m[2])), "1", ""))
 
-    name = re.sub(r"down_blocks\.(\d)\.attentions\.(\d)\.", down, name)
-    name = re.sub(r"up_blocks\.(\d)\.attentions\.(\d)\.", up, name)
-    return name.replace("mid_block.attentions.0.", "middle_block.1.")
+    place = re.escape(dot).join((r"_blocks", r"(\d)", "attentions", r"(\d)", ""))
+    name = re.sub(f"down{place}", down, name)
+    name = re.sub(f"up{place}", up, name)
+    middle = dot.join(("mid_block", "attentions", "0", ""))
+    return name.replace(middle, dot.join(("middle_block", "1", "")))
 
 
 def kohya(modules: Modules, rename: Callable[[str], str] = lambda name: name) -> Tensors:
@@ -250,21 +252,21 @@ def casts(modules: Modules, dtype: torch.dtype) -> Variants:
             yield f"cast-{_NAMES[target]}", variant(rounded, "weights", "dtype")
     for target in (torch.float8_e4m3fn, torch.float8_e5m2):
         # What rounds to nothing is another matter.
-        rounded = made.cast(modules, target)
-        if cosine(modules, rounded) > 0.8:
-            yield f"cast-{_NAMES[target]}", variant(kohya(rounded), "cast", "cast")
+        coarse = made.cast(modules, target)
+        if cosine(modules, coarse) > 0.8:
+            yield f"cast-{_NAMES[target]}", variant(kohya(coarse), "cast", "cast")
     if any(d.scale != 1 for _, d in lows(modules)):
         yield "folded", variant(kohya(made.folded(modules, "up")), "weights")
-        lost = {name: LowRank(d.up, d.down) for name, d in lows(modules)}
+        lost: Modules = {name: LowRank(d.up, d.down) for name, d in lows(modules)}
         yield "alpha-lost", variant(kohya(lost), "scaled", "scaled")
     else:
-        third = {name: LowRank(d.up * 2, d.down, 0.5) for name, d in lows(modules)}
-        yield "alpha-moved", variant(kohya(third), "weights")
+        moved: Modules = {name: LowRank(d.up * 2, d.down, 0.5) for name, d in lows(modules)}
+        yield "alpha-moved", variant(kohya(moved), "weights")
     for name, c, words in (("half", 0.5, "use at ×"), ("negative", -1.0, "opposite")):
-        turned = {n: LowRank(d.up * c, d.down, d.scale) for n, d in lows(modules)}
+        turned: Modules = {n: LowRank(d.up * c, d.down, d.scale) for n, d in lows(modules)}
         yield name, variant(kohya(turned), "scaled", "scaled", words=words)
     if dtype == torch.float32:
-        third = {n: LowRank(d.up * 0.7, d.down, d.scale) for n, d in lows(modules)}
+        third: Modules = {n: LowRank(d.up * 0.7, d.down, d.scale) for n, d in lows(modules)}
         both = kohya(made.cast(third, torch.float16))
         yield "scaled-F16", variant(both, "scaled", "scaled", "dtype", words="×0.7")
 
@@ -280,7 +282,7 @@ def parts(modules: Modules) -> Variants:
     yield "half", variant(kohya(half), "part", "part", words="modules dropped")
     few = set(names[:: max(1, round(len(names) / max(6, round(len(names) * 0.05))))])
     yield "twentieth", variant(kohya(made.kept(modules, few.__contains__)), "part", "part")
-    weighted = {
+    weighted: Modules = {
         name: LowRank(d.up * (0.25 + 0.125 * (blocks.index(_block(name)) % 7)), d.down, d.scale)
         for name, d in lows(modules)
     }
@@ -308,12 +310,12 @@ def resizes(modules: Modules, dtype: torch.dtype) -> Variants:
     half = made.kept(modules, lambda n: blocks.index(_block(n)) % 2 == 0)
     narrow = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
     rounded = ("dtype",) if narrow != dtype else ()
-    turned = {n: LowRank(d.up * 0.5, d.down, d.scale) for n, d in lows(half)}
+    turned: Modules = {n: LowRank(d.up * 0.5, d.down, d.scale) for n, d in lows(half)}
     three = kohya(made.cast(turned, narrow))
     yield "half-scaled-F16", variant(three, "part", "part", "scaled", *rounded)
     small = small_svd(half, lambda s: rank // 2, narrow)
     yield "half-resized-F16", variant(kohya(small), "resized", "part", "resized", *rounded)
-    weighted = {
+    weighted: Modules = {
         name: LowRank(d.up * (0.5 + 0.25 * (blocks.index(_block(name)) % 3)), d.down, d.scale)
         for name, d in lows(half)
     }
@@ -374,7 +376,7 @@ def of_lokr(stored: Tensors) -> Variants:
     blocks = sorted({key.split("_attentions_")[0] for key in map(stem, stored)})
     yield (
         "spelled-sgm",
-        variant({_sgm_flat(key): t for key, t in stored.items()}, "weights"),
+        variant({sgm(key, "_"): t for key, t in stored.items()}, "weights"),
     )
     yield "refactored", variant(each(refactored), "weights", "dtype")
     yield "cast-BF16", variant(each(lambda k, t: t.bfloat16()), "weights", "dtype")
@@ -401,15 +403,3 @@ def of_lokr(stored: Tensors) -> Variants:
         yield f"noise-{level}", variant(noisy(level), "near")
     three = {k: t.bfloat16() for k, t in half.items() if not k.startswith(text)}
     yield "three", variant(three, "part", "part", "scaled", "dtype")
-
-
-def _sgm_flat(key: str) -> str:
-    def down(m: re.Match[str]) -> str:
-        return f"input_blocks_{1 + 3 * int(m[1]) + int(m[2])}_1_"
-
-    def up(m: re.Match[str]) -> str:
-        return f"output_blocks_{3 * int(m[1]) + int(m[2])}_1_"
-
-    key = re.sub(r"down_blocks_(\d)_attentions_(\d)_", down, key)
-    key = re.sub(r"up_blocks_(\d)_attentions_(\d)_", up, key)
-    return key.replace("mid_block_attentions_0_", "middle_block_1_")
