@@ -28,7 +28,8 @@ KEEP = ("newest", "oldest", "largest", "smallest", "highest-rank", "shortest-pat
 
 @dataclass(frozen=True)
 class File:
-    """One path to a LoRA."""
+    """One path to a LoRA. doubtful: perhaps one file with another, on two mounts. alpha_off: some
+    alpha is 0, which trainers mean as alpha = rank and some programs read as off."""
 
     path: str
     lora: int
@@ -40,6 +41,7 @@ class File:
     here: bool
     rank: int
     doubtful: bool
+    alpha_off: bool
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,8 @@ def _files(store: Store, relations: Relations, grades: Sequence[str]) -> list[Fi
     doubtful = {row.id for rows in maybe_two_mounts(store.known()) for row in rows}
     rows = store.conn.execute(
         "SELECT f.id, r.path, f.path, f.lora, f.size, f.mtime_ns, f.sha256, f.device, f.inode, "
-        "f.is_link, f.presence, l.ranks FROM json_each(?) j JOIN files f ON f.lora = j.value "
+        "f.is_link, f.presence, l.ranks, instr(l.notes, 'alpha is 0') "
+        "FROM json_each(?) j JOIN files f ON f.lora = j.value "
         "JOIN roots r ON r.id = f.root JOIN loras l ON l.id = f.lora WHERE f.presence != 'gone'",
         (json.dumps(sorted(wanted)),),
     )
@@ -146,6 +149,7 @@ def _files(store: Store, relations: Relations, grades: Sequence[str]) -> list[Fi
             presence == "here",
             max((int(rank) for rank in json.loads(ranks)), default=0),
             number in doubtful,
+            bool(alpha_off),
         )
         for (
             number,
@@ -160,6 +164,7 @@ def _files(store: Store, relations: Relations, grades: Sequence[str]) -> list[Fi
             is_link,
             presence,
             ranks,
+            alpha_off,
         ) in rows
     ]
 
@@ -237,7 +242,7 @@ def _preference(file: File, choice: Choice) -> tuple[Any, ...]:
     stays = not (_below(file.path, choice.protect) or _outside(file, choice))
     if choice.keep not in KEEP:
         name = file.path.replace(os.sep, "/")
-        return stays, not fnmatch(name, choice.keep), file.mtime_ns
+        return stays, file.alpha_off, not fnmatch(name, choice.keep), file.mtime_ns
     order: dict[str, tuple[Any, ...]] = {
         "newest": (-file.mtime_ns,),
         "oldest": (file.mtime_ns,),
@@ -246,7 +251,7 @@ def _preference(file: File, choice: Choice) -> tuple[Any, ...]:
         "highest-rank": (-file.rank,),
         "shortest-path": (len(file.path),),
     }
-    return (stays, *order[choice.keep], file.mtime_ns)
+    return (stays, file.alpha_off, *order[choice.keep], file.mtime_ns)
 
 
 def _outside(file: File, choice: Choice) -> bool:
@@ -317,6 +322,8 @@ def _stays(keeper: File, file: File, relation: Relation, choice: Choice, intact:
         return "a link"
     if file.doubtful and keeper.doubtful:
         return "perhaps the same file on two mounts"
+    if keeper.alpha_off and not file.alpha_off:
+        return "the keeper's alpha is 0, which some programs read as off"
     if not intact or not _intact(file):
         return "changed since it was indexed"
     return ""

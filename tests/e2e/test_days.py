@@ -245,12 +245,6 @@ def test_many_files_of_one_run_and_their_copies(tmp_path: Path) -> None:
         "f8": (middle, made.cast(middle, torch.float8_e5m2), "cast", 13),
         "half": (last, made.scaled(last, 0.5), "scaled", 24),
         "part": (last, made.kept(last, lambda n: n.startswith("unet/")), "part", 24),
-        "reweighted": (
-            last,
-            made.scaled(last, lambda n: 0.5 + ("up_blocks" in n)),
-            "reweighted",
-            24,
-        ),
         "small": (middle, v.small_svd(middle, lambda s: 2, torch.float32), "resized", 13),
     }
     for name, (_, modules, _, _) in expected.items():
