@@ -324,5 +324,5 @@ def _votes(common: list[float], only: list[Alone], group: str) -> list[float]:
     from lorafind.signatures.features import votes
 
     rest = [a.square for a in only if a.place.group == group and not a.place.vector]
-    found = votes(torch.tensor([*common, *rest], dtype=torch.float64))
+    found = votes(torch.tensor([*common, *rest], dtype=torch.float64).sqrt())
     return [float(vote) for vote in found[: len(common)]]
