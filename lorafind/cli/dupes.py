@@ -69,6 +69,7 @@ def dupes(
     Every group has one keeper; the grade of a file says what was proved about it and the keeper.
     """
     from lorafind.api import Index
+    from lorafind.index.problem import IndexProblem
     from lorafind.relations.grades import GRADES
     from lorafind.search.dupes import PROVED, Choice
 
@@ -86,8 +87,12 @@ def dupes(
     with Index.open(session.db) as index:
         late = index.unfinished
     if late:
-        with Index.open(session.db, write=True) as index, Watch(session.sink) as watch:
-            index.finish(watch)
+        try:
+            with Index.open(session.db, write=True) as index, Watch(session.sink) as watch:
+                index.finish(watch)
+        except IndexProblem as error:
+            # Another process is indexing, or the index is read-only: what is proved still holds.
+            session.sink.warn(f"{error} Relations of the newest LoRAs are not proved yet.")
     with Index.open(session.db) as index:
         found = index.dupes(choice)
         if others or session.sink.mode is Mode.PATHS:
