@@ -60,7 +60,7 @@ def collections(draw: st.DrawFn) -> tuple[list[Path_], list[Pair]]:
         kind = draw(
             st.sampled_from(
                 ["plain"] * 5
-                + ["hardlink", "symlink", "offline", "changed", "missing", "other mount"]
+                + ["hardlink", "symlink", "outside", "offline", "changed", "missing", "other mount"]
             )
         )
         sources = [k for k, p in enumerate(paths) if p.kind == "plain"]
@@ -128,6 +128,10 @@ def lay_out(folder: Path, store: Store, paths: list[Path_], pairs: list[Pair]) -
             elif p.kind == "symlink" and p.of is not None:
                 place.symlink_to(places[p.of])
             else:
+                if p.kind == "outside":
+                    # A link to a file that the index does not know.
+                    (folder.parent / f"{k}").touch()
+                    place.symlink_to(folder.parent / f"{k}")
                 place.write_bytes(bytes(100 * (1 + p.lora) + p.metadata))
                 os.utime(place, ns=(OLD_NS, OLD_NS + p.hour * 10**9))
             facts = place.stat()
@@ -145,7 +149,7 @@ def lay_out(folder: Path, store: Store, paths: list[Path_], pairs: list[Pair]) -
                     ctime if p.of is None or p.kind == "other mount" else p.of,
                     device,
                     inode,
-                    p.kind == "symlink",
+                    p.kind in ("symlink", "outside"),
                     f"sha {p.lora} {p.metadata}",
                     ids[p.lora],
                     "offline" if p.kind == "offline" else "here",

@@ -174,6 +174,9 @@ def adapters(count: int) -> Iterator[Adapter]:
     for seed in range(count):
         rank = (1, 2, 4, 8, 24)[seed % 5]
         layout = attention if seed % 3 == 0 else shapes
+        if seed % 7 == 6:
+            # So small that chance alone gives cosines of one half.
+            layout, rank = dict(list(shapes.items())[:1]), 1
         modules = made.trained(layout, rank, seed=seed, seed_a=10_000 + seed % 40)
         yield made.adapter(modules)
 

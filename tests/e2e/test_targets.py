@@ -267,11 +267,12 @@ def test_a_reader_that_leaves_is_no_error(folder: Path, flags: tuple[str, ...]) 
 
 
 def test_names_that_are_not_text(folder: Path, tmp_path: Path, first: Path) -> None:
-    raw = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n\xe4.safetensors")
+    raw = os.fsdecode(os.fsencode(tmp_path) + b"/\xfe folder/\xff\n\xe4.safetensors")
+    os.mkdir(os.path.dirname(raw))
     shutil.copy(first, raw)
     db = tmp_path / "i.db"
     shutil.copy(folder / "i.db", db)
-    told(lorafind("index", tmp_path, db=db))
+    told(lorafind("index", os.path.dirname(raw), db=db))
     for flags in ((), ("--json",), ("--csv",), ("-0",)):
         told(lorafind("similar", raw, *flags, db=db))
     done = lorafind("ls", "-0", db=db)

@@ -287,6 +287,9 @@ def parts(modules: Modules) -> Variants:
         for name, d in lows(modules)
     }
     yield "reweighted", variant(kohya(weighted), "reweighted", "reweighted")
+    # Little is left but one small group, so that the whole hardly looks alike.
+    faded = made.scaled(modules, lambda n: 1.0 if "down" in n and "attn2" in n else 0.004)
+    yield "faded", variant(kohya(faded), "reweighted", "reweighted")
     for level in (0.01, 0.10):
         noise = made.cast(made.noisy(modules, level), torch.float32)
         yield f"noise-{level}", variant(kohya(noise), "near")
