@@ -255,7 +255,7 @@ def _workers(
 ) -> Iterator[Iterator[Examined]]:
     """Results in the order in which they are finished.
 
-    Two threads more than cores read and hash (both leave the interpreter free); at most one
+    One thread more than cores read and hash (both leave the interpreter free); at most one
     per core, or one for a GPU, does arithmetic, each on one thread of its own.
     """
     import torch
@@ -299,7 +299,7 @@ def _workers(
 
     for read in reads:
         todo.put(read)
-    count = min(cores + 2, 16, len(reads))
+    count = min(cores + 1, 16, len(reads))
     for _ in range(count):
         todo.put(None)
     threads = torch.get_num_threads()

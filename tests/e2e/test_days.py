@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,11 @@ def db(loras: Path) -> Path:
     return loras.parent / "i.db"
 
 
-def run(db: Path, *arguments: str | Path, code: int = 0) -> Any:
-    """One `lorafind index` process, as JSON."""
-    return rows(lorafind("index", *arguments, "--json", db=db), code)
+def run(db: Path, *paths: Path, **options: Any) -> dict[str, Any]:
+    """One run of ``index``, in the fields of its JSON."""
+    summary = index(db, *paths, **options)
+    offline = {os.fsdecode(root): why for root, why in summary.offline.items()}
+    return {**asdict(summary), "offline": offline}
 
 
 def fresh(db: Path, *roots: Path) -> None:
@@ -93,10 +96,8 @@ def test_new_changed_and_overwritten_files(db: Path, loras: Path) -> None:
     # A LoRA turns into something else, and back.
     data = (loras / "sub/3.safetensors").read_bytes()
     (loras / "sub/3.safetensors").write_bytes(b"<!DOCTYPE html><html>log in</html>")
-    refused = run(db)["refused"]
-    assert [(Path(row["path"]).name, row["outcome"]) for row in refused] == [
-        ("3.safetensors", "html")
-    ]
+    (refused,) = rows(lorafind("index", "--json", db=db))["refused"]
+    assert (Path(refused["path"]).name, refused["outcome"]) == ("3.safetensors", "html")
     (loras / "sub/3.safetensors").write_bytes(data)
     age(loras / "sub")
     assert run(db)["refused"] == []
@@ -134,7 +135,7 @@ def test_gone_pruned_and_back(db: Path, loras: Path) -> None:
     age(loras / "sub")
     assert files(db)[str(gone)]["presence"] == "gone"
     gone.unlink()
-    assert run(db, "--prune")["pruned"] == 1
+    assert run(db, prune=True)["pruned"] == 1
     assert str(gone) not in files(db)
     fresh(db, loras)
 
@@ -147,7 +148,7 @@ def test_pruning_over_half_wants_yes(db: Path, loras: Path) -> None:
     said = told(done)
     assert "4 of 6 files" in said and "--yes" in said
     assert len(files(db)) == 6
-    assert run(db, "--prune", "--yes")["pruned"] == 4
+    assert run(db, prune=True, force_prune=True)["pruned"] == 4
     assert {Path(path).name for path in files(db)} == {"a.safetensors", "copy.safetensors"}
 
 
@@ -157,7 +158,7 @@ def test_a_removed_root_is_offline(db: Path, loras: Path, tmp_path: Path) -> Non
     index(db, other)
     before = content(db)
     os.rename(loras, tmp_path / "away")
-    found = run(db, "--prune", "--yes")
+    found = run(db, prune=True, force_prune=True)
     assert set(found["offline"]) == {str(loras)} and found["pruned"] == found["gone"] == 0
     presence = {path: facts["presence"] for path, facts in files(db).items()}
     assert {presence[path] for path in presence if path.startswith(f"{loras}/")} == {"offline"}
@@ -168,7 +169,7 @@ def test_a_removed_root_is_offline(db: Path, loras: Path, tmp_path: Path) -> Non
     assert lorafind("dupes", "-0", "--others", db=db).stdout == b""
     # An empty mount point in its place is no deletion either.
     loras.mkdir()
-    assert set(run(db, "--prune", "--yes")["offline"]) == {str(loras)}
+    assert set(run(db, prune=True, force_prune=True)["offline"]) == {str(loras)}
     loras.rmdir()
     os.rename(tmp_path / "away", loras)
     found = run(db)
@@ -185,7 +186,7 @@ def test_links(db: Path, loras: Path, tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     lora(tmp_path / "far/far.safetensors", 8)
     (loras / "far").symlink_to(tmp_path / "far")
-    found = run(db, code=0)
+    found = run(db)
     assert (found["linked"], found["added"]) == (2, 1)
     assert found["bytes"] == (tmp_path / "far/far.safetensors").stat().st_size
     names = {os.path.relpath(path, loras) for path in files(db)}
@@ -218,7 +219,7 @@ def test_pickles_wait_for_permission(db: Path, loras: Path, shared: Path, tmp_pa
     age(loras)
     (row,) = run(db)["refused"]
     assert row["outcome"] == "pickle" and "--allow-pickle" in row["reason"]
-    assert run(db, "--allow-pickle")["refused"] == []
+    assert run(db, allow_pickle=True)["refused"] == []
     assert files(db)[str(loras / name)]["status"] == "lora"
     # Once read it stays, as long as it is the same.
     assert run(db)["refused"] == []

@@ -125,7 +125,7 @@ def finishes(db: Path, whole: Undisturbed) -> None:
     healthy(db)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_at_random_moments(kills: int, shared: Path, tmp_path: Path) -> None:
     whole = undisturbed(shared, tmp_path, 36 if kills < 20 else 160)
     chance = random.Random(kills)
@@ -151,7 +151,7 @@ def test_kills_at_random_moments(kills: int, shared: Path, tmp_path: Path) -> No
     assert partly or kills < 20
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_between_two_statements(kills: int, shared: Path, tmp_path: Path) -> None:
     """The same at moments that last microseconds, spread over everything that is written."""
     whole = undisturbed(shared, tmp_path, 34)

@@ -152,11 +152,10 @@ def test_evil_pickles_as_targets_are_never_executed(shared: Path, tmp_path: Path
     copied(shared / "loras/malformed", tmp_path, ["good.safetensors", "evil.pt"])
     db = tmp_path / "i.db"
     index(db, tmp_path / "good.safetensors")
-    for name in ("similar", "info", "whatis"):
-        for allow in ((), ("--allow-pickle",)):
-            done = lorafind(name, tmp_path / "evil.pt", *allow, "--json", db=db)
-            assert "Traceback" not in done.stderr.decode()
-            said = done.stderr + done.stdout
-            word = b"refused" if allow else b"--allow-pickle"
-            assert b"evil.pt" in said and word in said, (name, said)
+    for name in ("similar", "info", "whatis", "compare"):
+        targets = [tmp_path / "evil.pt"] * (2 if name == "compare" else 1)
+        done = lorafind(name, *targets, "--allow-pickle", "--json", db=db)
+        said = done.stderr + done.stdout
+        assert b"Traceback" not in done.stderr
+        assert b"evil.pt" in said and b"refused" in said, (name, said)
     assert not (tmp_path / "lorafind_pwned").exists()

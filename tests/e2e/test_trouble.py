@@ -202,7 +202,7 @@ def test_a_damaged_index(how: str, loras: Path, db: Path) -> None:
     db.write_bytes(SPOILED[how](bytearray(db.read_bytes())))
     first = next(loras.iterdir())
     seen = set()
-    for arguments in (("similar", first), ("dupes",), ("index",), ("ls",)):
+    for arguments in (("similar", first), ("dupes",), ("index",)):
         done = lorafind(*arguments, db=db)
         text = told(done, 0, FAILED)
         seen.add(done.returncode)
