@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Self
 from lorafind.index.store import Store
 
 if TYPE_CHECKING:
+    from lorafind.bases.basis import Basis
+    from lorafind.bases.use import Used
     from lorafind.index.build import Summary
     from lorafind.index.progress import Progress
     from lorafind.search.dupes import Choice, Group
@@ -108,6 +110,39 @@ class Index:
 
         asked = self.ask(target) if isinstance(target, str) else target
         return similar.similar(self.store, asked, wishes or similar.Wishes())
+
+    def basis(self, name: str, offline: bool = False) -> Basis | str:
+        """A basis for :class:`lorafind.search.similar.Wishes`.
+
+        A name that the index knows (``own``, ``plain``, or id or name of one of its bases) stays a
+        name; a file or ``hf:owner/name[@revision]`` is opened. Raises BasisProblem.
+        """
+        from lorafind.bases.stored import knows
+        from lorafind.search.similar import PLAIN
+
+        if name == PLAIN or knows(self.store, name):
+            return name
+        from lorafind.bases.use import open_basis
+        from lorafind.hub.names import resolve
+
+        return open_basis(resolve(name, offline=offline), self.store)
+
+    def use_basis(
+        self, name: str, offline: bool = False, progress: Progress | None = None
+    ) -> Used | list[str]:
+        """Make a basis the one in use.
+
+        One of the index by name (returned: the architectures for which it now is), or a file or
+        ``hf:owner/name[@revision]``, which is embedded first. Raises BasisProblem.
+        """
+        from lorafind.bases.stored import knows
+        from lorafind.bases.use import choose, use
+
+        if knows(self.store, name):
+            return choose(self.store, name)
+        from lorafind.hub.names import resolve
+
+        return use(self.store, resolve(name, offline=offline), progress)
 
     @property
     def unfinished(self) -> bool:

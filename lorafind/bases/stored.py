@@ -1,147 +1,87 @@
-"""A collection's own basis in the index: fitted, kept, and the embeddings made with it.
+"""Bases in the index: the collection's own and those in use, and the embeddings made with them.
 
-Parts of a basis (``basis_parts``), per space (``model``, ``text``) and group: ``components``
-k × 32,768 float16, ``gram`` k × k, ``means`` layouts × k; per space ``layouts`` (ids, −1 first: the
-pooled mean) and ``eigenvalues``. Series per basis id: ``embedding`` (:func:`record`), and ``parts``
+Series per basis id: ``embedding`` (:attr:`lorafind.bases.basis.Basis.record`), and ``parts``
 (spaces' p_g side by side), which are read only for LoRAs that lack a group.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import json
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from lorafind.bases.basis import (
+    COLLECTION,
+    OWN,
+    Basis,
+    from_stored,
+    to_stored,
+)
 from lorafind.bases.collection import (
     FEWEST,
     SAMPLE,
     SPACES,
     Sample,
-    Space,
-    coordinates,
     fit,
-    unit_rows,
 )
 from lorafind.formats import groups as group_bits
-from lorafind.index.rows import StoredBasis, StoredSignature
+from lorafind.index.rows import StoredSignature
 from lorafind.index.store import Store
 from lorafind.signatures.constants import SIGNATURE_VERSION, STYLE
 
 #: A basis is fitted again when the collection has grown by this share.
 GROWTH = 0.10
+#: Version of what :func:`lorafind.bases.collection.fit` does; a basis of another is fitted again.
+RULE = 2
 _BLOCK = 256
 
 
-@dataclass
-class Basis:
-    """A basis ready for use. spaces: ``model`` and, where the collection has them, ``text``."""
-
-    id: str
-    architecture: str
-    facts: Mapping[str, object]
-    spaces: dict[str, Space]
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """The groups of all spaces, in the order of ``parts``."""
-        return tuple(g for space in self.spaces.values() for g in space.groups)
-
-    @cached_property
-    def record(self) -> np.dtype:
-        """One row of the ``embedding`` series: bit mask of groups, layout, unit vector."""
-        size = self.spaces["model"].size if "model" in self.spaces else 0
-        return np.dtype([("groups", "u1"), ("layout", "<i4"), ("vector", "<f4", (size,))])
-
-    @cached_property
-    def width(self) -> int:
-        """Numbers in a row of the ``parts`` series."""
-        return sum(space.size * len(space.groups) for space in self.spaces.values())
-
-    def parts(self, styles: Mapping[str, np.ndarray], layouts: np.ndarray) -> np.ndarray:
-        """p_g of n LoRAs side by side, n × width float32.
-
-        styles: group → n × 32,768 int8, rows of zeros where a LoRA lacks the group.
-        """
-        columns = []
-        for space in self.spaces.values():
-            for group in space.groups:
-                if group not in styles:
-                    columns.append(np.zeros((len(layouts), space.size), np.float32))
-                    continue
-                made = space.project(group, unit_rows(styles[group]))
-                made -= np.array([space.centre(group, int(k)) for k in layouts])
-                made[~styles[group].any(1)] = 0.0
-                columns.append(made)
-        return np.concatenate(columns, 1).astype(np.float32)
-
-    def vectors(self, parts: np.ndarray, wanted: Sequence[str]) -> np.ndarray:
-        """Unit coordinates over some groups: the spaces side by side, n × Σ k."""
-        found, start = [], 0
-        for space in self.spaces.values():
-            size = space.size * len(space.groups)
-            block = parts[:, start : start + size].reshape(len(parts), len(space.groups), -1)
-            start += size
-            if any(group in wanted for group in space.groups):
-                found.append(coordinates(space, block.astype(np.float64), wanted))
-        if not found:
-            return np.zeros((len(parts), 0))
-        joined = np.concatenate(found, 1)
-        length = np.linalg.norm(joined, axis=1, keepdims=True)
-        return np.divide(joined, length, out=np.zeros_like(joined), where=length > 0)
+def open_stored(store: Store, name: str, light: bool = False) -> Basis | None:
+    """A basis of the index by its id; light: without the components."""
+    stored = store.basis(name, "/components" if light else None)
+    if stored is None:
+        return None
+    layouts = None
+    if stored.kind != COLLECTION:
+        layouts = dict(store.conn.execute("SELECT digest, id FROM layouts").fetchall())
+    return from_stored(stored, layouts)
 
 
-def to_stored(basis: Basis) -> StoredBasis:
-    """For the index."""
-    parts: dict[str, np.ndarray] = {}
-    for name, space in basis.spaces.items():
-        layouts = sorted(space.means)
-        parts[f"{name}/layouts"] = np.array(layouts, np.int64)
-        parts[f"{name}/eigenvalues"] = space.eigenvalues
-        for group in space.groups:
-            parts[f"{name}/{group}/components"] = space.components[group].astype(np.float16)
-            parts[f"{name}/{group}/gram"] = space.grams[group]
-            parts[f"{name}/{group}/means"] = np.array([space.means[k][group] for k in layouts])
-    return StoredBasis(
-        basis.id, basis.architecture, "collection", SIGNATURE_VERSION, basis.facts, parts
-    )
+def in_use(architecture: str) -> str:
+    """The key of ``meta`` that names the basis in use; the collection's own where it is absent."""
+    return f"basis:{architecture}"
 
 
-def from_stored(stored: StoredBasis) -> Basis:
-    """Inverse of :func:`to_stored`; the components stay float16 until they are used."""
-    spaces: dict[str, Space] = {}
-    for name, groups in SPACES.items():
-        present = tuple(g for g in groups if f"{name}/{g}/gram" in stored.parts)
-        if not present:
-            continue
-        layouts = stored.parts[f"{name}/layouts"].tolist()
-        means = {g: stored.parts[f"{name}/{g}/means"] for g in present}
-        spaces[name] = Space(
-            present,
-            {
-                g: c
-                for g in present
-                if (c := stored.parts.get(f"{name}/{g}/components")) is not None
-            },
-            {g: stored.parts[f"{name}/{g}/gram"] for g in present},
-            {k: {g: means[g][row] for g in present} for row, k in enumerate(layouts)},
-            stored.parts[f"{name}/eigenvalues"],
-        )
-    return Basis(stored.id, stored.architecture, stored.facts, spaces)
-
-
-def current(store: Store, architecture: str, light: bool = False) -> Basis | None:
+def current(store: Store, architecture: str, light: bool = False, wanted: str = "") -> Basis | None:
     """The basis in use for an architecture; None where the collection is too small for one.
 
-    light: without the components, which only a LoRA that is not embedded yet needs.
+    light: without the components, which only a LoRA that is not embedded yet needs. wanted: the id
+    or name of another basis of the index, or ``own``.
     """
-    for name in store.basis_ids(architecture):
-        stored = store.basis(name, "/components" if light else None)
-        if stored is not None and stored.version == SIGNATURE_VERSION:
-            return from_stored(stored)
-    return None
+    name = wanted or store.get_meta(in_use(architecture), OWN)
+    row = store.conn.execute(
+        "SELECT id FROM bases WHERE architecture = ?1 AND version = ?2 AND "
+        "(id = ?3 OR json_extract(facts, '$.name') = ?3 OR (?3 = ?4 AND kind = ?5)) "
+        "ORDER BY made_ns DESC, id LIMIT 1",
+        (architecture, SIGNATURE_VERSION, name, OWN, COLLECTION),
+    ).fetchone()
+    if row is None:
+        return None
+    return open_stored(store, row[0], light)
+
+
+def knows(store: Store, name: str) -> bool:
+    """True for ``own`` and for id or name of a basis of the index."""
+    if name == OWN:
+        return True
+    found = store.conn.execute(
+        "SELECT 1 FROM bases WHERE version = ?1 AND "
+        "(id = ?2 OR json_extract(facts, '$.name') = ?2)",
+        (SIGNATURE_VERSION, name),
+    ).fetchone()
+    return found is not None
 
 
 def members(store: Store, architecture: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -160,8 +100,19 @@ def members(store: Store, architecture: str) -> tuple[np.ndarray, np.ndarray, np
 
 
 def refresh(store: Store, architecture: str, force: bool = False) -> None:
-    """Fit the collection's basis where it is missing or has outgrown, and embed what is new."""
+    """Fit the collection's basis where it is missing or has outgrown, and embed what is new.
+
+    Published bases over style that the index holds get the new LoRAs as well.
+    """
     ids, layouts, families = members(store, architecture)
+    for (basis,) in store.conn.execute(
+        "SELECT id FROM bases WHERE architecture = ? AND kind != ? AND version = ? "
+        "AND coalesce(json_extract(facts, '$.feature'), 'style') = 'style'",
+        (architecture, COLLECTION, SIGNATURE_VERSION),
+    ).fetchall():
+        published = open_stored(store, basis)
+        assert published is not None
+        _catch_up(store, published, ids, layouts)
     count = len(np.unique(families))
     old = _own(store, architecture)
     if count < FEWEST:
@@ -169,34 +120,39 @@ def refresh(store: Store, architecture: str, force: bool = False) -> None:
             with store.batch():
                 store.drop_basis(old[0])
         return
-    if old is None or force or abs(count - old[1]) > GROWTH * old[1]:
+    if old is None or force or abs(count - old[1]) > GROWTH * old[1] or old[2] != RULE:
         basis = _fit(store, architecture, ids, layouts, families)
         with store.batch():
-            for name in store.basis_ids(architecture):
-                store.drop_basis(name)
+            if old is not None:
+                store.drop_basis(old[0])
             store.put_basis(to_stored(basis))
-            _embed(store, basis, ids, layouts)
+            embed_all(store, basis, ids, layouts)
         return
-    done = store.chunks.ids("embedding", old[0])
+    kept = open_stored(store, old[0])
+    assert kept is not None
+    _catch_up(store, kept, ids, layouts)
+
+
+def _catch_up(store: Store, basis: Basis, ids: np.ndarray, layouts: np.ndarray) -> None:
+    """Embed what is new, drop what is gone."""
+    done = store.chunks.ids("embedding", basis.id)
     fresh = ~np.isin(ids, done)
     stale = np.setdiff1d(done, ids)
     if fresh.any() or len(stale):
-        kept = current(store, architecture)
-        assert kept is not None
         with store.batch():
-            store.chunks.delete(stale.tolist(), "embedding", kept.id)
-            store.chunks.delete(stale.tolist(), "parts", kept.id)
-            _embed(store, kept, ids[fresh], layouts[fresh])
+            store.chunks.delete(stale.tolist(), "embedding", basis.id)
+            store.chunks.delete(stale.tolist(), "parts", basis.id)
+            embed_all(store, basis, ids[fresh], layouts[fresh])
 
 
-def _own(store: Store, architecture: str) -> tuple[str, int] | None:
-    """Id of the collection's own basis, and how many families it was fitted to."""
+def _own(store: Store, architecture: str) -> tuple[str, int, int | None] | None:
+    """Id of the collection's own basis, how many families it was fitted to, and by which rule."""
     row = store.conn.execute(
-        "SELECT id, json_extract(facts, '$.families') FROM bases "
-        "WHERE architecture = ? AND kind = 'collection' AND version = ?",
-        (architecture, SIGNATURE_VERSION),
+        "SELECT id, json_extract(facts, '$.families'), json_extract(facts, '$.rule') FROM bases "
+        "WHERE architecture = ? AND kind = ? AND version = ?",
+        (architecture, COLLECTION, SIGNATURE_VERSION),
     ).fetchone()
-    return (row[0], int(row[1])) if row else None
+    return (row[0], int(row[1]), row[2]) if row else None
 
 
 def _fit(
@@ -224,6 +180,7 @@ def _fit(
             spaces[name] = fit(sample, groups)
     text = f"{architecture} {SIGNATURE_VERSION} {ids[picked].tolist()} {weights[picked].tolist()}"
     facts = {
+        "rule": RULE,
         "families": len(sizes),
         "loras": len(ids),
         "sample": len(picked),
@@ -231,7 +188,8 @@ def _fit(
         "signature_version": SIGNATURE_VERSION,
     }
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    basis = Basis(f"own:{architecture}:{digest}", architecture, facts, spaces)
+    seen = frozenset(bytes.fromhex(one) for one in _contents(store, ids[picked]).values())
+    basis = Basis(f"own:{architecture}:{digest}", architecture, facts, spaces, seen=seen)
     # What is kept is float16; embeddings are made with what is kept.
     return from_stored(to_stored(basis))
 
@@ -254,27 +212,72 @@ def by_group(found: StoredSignature) -> dict[str, np.ndarray]:
     return dict(zip(group_bits.names(found.groups), found.style, strict=True))
 
 
-def _embed(store: Store, basis: Basis, ids: np.ndarray, layouts: np.ndarray) -> None:
+def embed_all(store: Store, basis: Basis, ids: np.ndarray, layouts: np.ndarray) -> None:
+    """Embed LoRAs of the index that the basis has no row for yet. Inside a batch."""
+    for block, records, parts in embedded(store, basis, ids, layouts):
+        store.chunks.append_many("embedding", basis.id, block, records)
+        store.chunks.append_many("parts", basis.id, block, parts)
+
+
+def embedded(
+    store: Store, basis: Basis, ids: np.ndarray, layouts: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids, rows of ``embedding``, rows of ``parts``) of LoRAs of the index, block by block."""
     for start in range(0, len(ids), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        records, parts = embed(basis, load_styles(store, ids[block]), layouts[block])
-        store.chunks.append_many("embedding", basis.id, ids[block], records)
-        store.chunks.append_many("parts", basis.id, ids[block], parts)
+        block = ids[start : start + _BLOCK]
+        seen = has_seen(store, basis, block)
+        styles = load_styles(store, block)
+        yield block, *embed(basis, styles, layouts[start : start + _BLOCK], seen)
+
+
+def has_seen(store: Store, basis: Basis, ids: np.ndarray) -> np.ndarray | None:
+    """Which LoRAs the basis was fitted to; None where that makes no difference."""
+    if not basis.distinguishes:
+        return None
+    contents = _contents(store, ids)
+    return np.array([bytes.fromhex(contents[i]) in basis.seen for i in ids.tolist()])
+
+
+def _contents(store: Store, ids: np.ndarray) -> dict[int, str]:
+    """LoRA id → content, hex."""
+    rows = store.conn.execute(
+        "SELECT id, content FROM loras WHERE id IN (SELECT value FROM json_each(?))",
+        (json.dumps(ids.tolist()),),
+    )
+    return dict(rows.fetchall())
 
 
 def embed(
-    basis: Basis, styles: Mapping[str, np.ndarray], layouts: np.ndarray
+    basis: Basis,
+    styles: Mapping[str, np.ndarray],
+    layouts: np.ndarray,
+    seen: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of both series for n LoRAs (see :attr:`Basis.record`)."""
+    """Rows of both series for n LoRAs from their sketches (see :attr:`Basis.record`)."""
     parts = basis.parts(styles, layouts)
-    records = np.zeros(len(layouts), basis.record)
-    records["layout"] = layouts
-    model = SPACES["model"]
+    groups = np.zeros(len(layouts), np.uint8)
     for group, rows in styles.items():
-        records["groups"][rows.any(1)] |= group_bits.mask((group,))
-    for bits in np.unique(records["groups"]).tolist():
-        same = records["groups"] == bits
+        groups[rows.any(1)] |= group_bits.mask((group,))
+    return records(basis, parts, groups, layouts, seen), parts
+
+
+def records(
+    basis: Basis,
+    parts: np.ndarray,
+    groups: np.ndarray,
+    layouts: np.ndarray,
+    seen: np.ndarray | None = None,
+) -> np.ndarray:
+    """Rows of the ``embedding`` series. groups: bit mask of every LoRA."""
+    made = np.zeros(len(layouts), basis.record)
+    made["layout"], made["groups"] = layouts, groups
+    if seen is not None and "seen" in (basis.record.names or ()):
+        made["seen"] = seen
+    model = SPACES["model"]
+    for bits in np.unique(groups).tolist():
+        same = groups == bits
         own = [g for g in group_bits.names(bits) if g in model]
         if own and "model" in basis.spaces:
-            records["vector"][same] = basis.vectors(parts[same], own)
-    return records, parts
+            calm = None if seen is None else seen[same]
+            made["vector"][same] = basis.vectors(parts[same], own, calm)
+    return made

@@ -1,8 +1,9 @@
 """The Typer app: global options, commands that are imported when they are needed, exit codes.
 
 A command ``some-name`` is the function ``some_name`` of ``lorafind/cli/some_name.py``, made with
-:func:`lorafind.cli.options.command` and listed in PANELS. At import such a module loads nothing
-heavy: what it calls, it imports inside the function.
+:func:`lorafind.cli.options.command` and listed in PANELS. A command of SUBCOMMANDS has commands of
+its own: ``basis use`` is the function ``use`` of ``lorafind/cli/basis_use.py``. At import such a
+module loads nothing heavy: what it calls, it imports inside the function.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import UserDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from itertools import islice
@@ -32,6 +33,14 @@ PANELS: Mapping[str, Sequence[str]] = {
     "Index": ("index", "ls"),
     "Files": ("info", "compare", "whatis"),
     "Search": ("similar", "dupes", "epochs"),
+    "Bases": ("basis", "rebuild-basis"),
+}
+#: command that has commands of its own → what it is for, and their names
+SUBCOMMANDS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "basis": (
+        "Bases to compare in: which there are, which is in use, fetching and publishing.",
+        ("list", "show", "use", "pull", "push"),
+    ),
 }
 
 _GLOBAL_FLAGS = ("--quiet", "-q", "--verbose", "-v", "--debug")
@@ -41,19 +50,21 @@ _GLOBAL_VALUE = "--db"
 class _Commands(UserDict[str, Any]):
     """Name → command; its module is imported when the command is first asked for."""
 
-    def __init__(self, package: str, panels: Mapping[str, Sequence[str]]) -> None:
-        super().__init__({name: None for names in panels.values() for name in names})
-        self._package = package
-        self._panel_of = {name: panel for panel, names in panels.items() for name in names}
+    def __init__(self, names: Iterable[str], make: Callable[[str], Any]) -> None:
+        super().__init__(dict.fromkeys(names))
+        self._make = make
 
     def __getitem__(self, name: str) -> Any:
         if self.data[name] is None:
-            function = name.replace("-", "_")
-            module = import_module(f"{self._package}.{function}")
-            single = typer.Typer(add_completion=False)
-            single.command(name, rich_help_panel=self._panel_of[name])(getattr(module, function))
-            self.data[name] = typer.main.get_command(single)
+            self.data[name] = self._make(name)
         return self.data[name]
+
+
+class _Subgroup(TyperGroup):
+    """A command that has commands of its own; alone it shows its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
 
 
 class Group(TyperGroup):
@@ -61,10 +72,30 @@ class Group(TyperGroup):
 
     package: ClassVar[str] = "lorafind.cli"
     panels: ClassVar[Mapping[str, Sequence[str]]] = PANELS
+    subcommands: ClassVar[Mapping[str, tuple[str, Sequence[str]]]] = SUBCOMMANDS
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.commands = _Commands(self.package, self.panels)
+        panel_of = {name: panel for panel, names in self.panels.items() for name in names}
+        self.commands = _Commands(panel_of, lambda name: self._make(name, panel_of[name]))
+
+    def _make(self, name: str, panel: str) -> Any:
+        if name not in self.subcommands:
+            return self._load(name, name, panel)
+        about, names = self.subcommands[name]
+        app = typer.Typer(cls=_Subgroup, add_completion=False)
+        app.callback(help=about)(_nothing)
+        group = typer.main.get_group(app)
+        group.name, group.rich_help_panel = name, panel
+        group.commands = _Commands(names, lambda own: self._load(own, f"{name}-{own}", None))
+        return group
+
+    def _load(self, name: str, whole: str, panel: str | None) -> Any:
+        """The command ``name`` from the module that is called like the ``whole`` of it."""
+        module = import_module(f"{self.package}.{whole.replace('-', '_')}")
+        single = typer.Typer(add_completion=False)
+        single.command(name, rich_help_panel=panel)(getattr(module, name.replace("-", "_")))
+        return typer.main.get_command(single)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the global options, also those that stand after the command."""
@@ -112,6 +143,10 @@ class Group(TyperGroup):
         if code == Code.INTERRUPTED:
             errors.say("interrupted.")
         sys.exit(int(code or Code.DONE))
+
+
+def _nothing() -> None:
+    """What a group does before its command."""
 
 
 def _globals_first(args: Sequence[str]) -> list[str]:

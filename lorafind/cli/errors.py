@@ -47,7 +47,7 @@ EXTRAS = {
     "accelerate": "train",
     "diffusers": "train",
     "peft": "train",
-    "transformers": "train",
+    "transformers": "images",
     "matplotlib": "plot",
 }
 
@@ -145,6 +145,7 @@ def _missing_module(error: Any, arguments: Arguments) -> Problem:
 
 
 _RULES: dict[str, Callable[[Any, Arguments], Problem]] = {
+    "lorafind.bases.problem.BasisProblem": _index_problem,
     "lorafind.index.problem.IndexProblem": _index_problem,
     "lorafind.files.outcome.NotAnAdapter": _not_an_adapter,
     "builtins.OSError": _os_error,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -46,13 +47,25 @@ def similar(
     same_base: Annotated[
         bool, typer.Option("--same-base", help="Only LoRAs that name the same base model.")
     ] = False,
+    basis: Annotated[
+        str,
+        typer.Option(
+            help="Compare in this basis: own (the collection's), plain (none), a basis of the "
+            "index, a file, or hf:owner/name@revision. Default: the one in use.",
+            show_default=False,
+        ),
+    ] = "",
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Take a basis of the Hub from the cache only.")
+    ] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Also read .pt, .bin and .ckpt targets.")
     ] = False,
 ) -> int | None:
     """The LoRAs that are nearest in training effect, style and subject together.
 
-    Score: cosine of style in the collection's own basis, an estimate from the stored signatures.
+    Score: cosine of style in the basis in use (by default the collection's own), an estimate from
+    the stored signatures; in a calibrated basis 1 less the distance over a typical one.
     z: distance from unrelated LoRAs of the same kind, in their standard deviations. Chance: how
     many unrelated LoRAs of this collection would score as high. Relation: proved ones in words;
     ~likely where the sketches suggest one. Variants: kin that are not shown (--all shows them).
@@ -62,13 +75,16 @@ def similar(
     from lorafind.index.problem import IndexProblem
     from lorafind.search.similar import Wishes
 
-    wishes = Wishes(count, [w for w in by.split(",") if w], min_score, min_z, every, same_base)
+    words = [w for w in by.split(",") if w]
+    wishes = Wishes(count, words, min_score, min_z, every, same_base)
     try:
         wishes.groups(0)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     code = None
     with Index.open(session.db) as index:
+        if basis:
+            wishes = replace(wishes, basis=index.basis(basis, offline))
 
         def rows() -> Iterator[dict[str, Any]]:
             nonlocal code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,6 +23,9 @@ LFS_POINTER = (
     b"size 37861176\n"
 )
 
+#: Of a font the second, fourth and sixth LoRA; all others train.
+_SPLITS = {1: "calibration", 3: "validation", 5: "test"}
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -34,9 +38,9 @@ class Opened:
 def make(folder: Path) -> dict[str, str]:
     """Write the collection into ``folder``; returns path below it → what was made there.
 
-    ``thin`` and ``wild`` hold the packaged LoRAs, ``copies`` and ``other`` what is made of them; it
-    is the same every time. Raises FileExistsError where the folder is not empty: nothing is ever
-    overwritten.
+    ``thin`` and ``wild`` hold the packaged LoRAs, ``copies`` and ``other`` what is made of them,
+    ``labels.csv`` says of which font each of the packaged ones is; it is the same every time.
+    Raises FileExistsError where the folder is not empty: nothing is ever overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -47,12 +51,24 @@ def make(folder: Path) -> dict[str, str]:
         (folder / part).mkdir()
         for item in (files("lorafind.demo") / "data" / part).iterdir():
             _create(folder / part / item.name, item.read_bytes())
+    _create(folder / "labels.csv", _labels(folder).encode())
     made = {}
     for path, (source, what, change) in _COPIES.items():
         (folder / path).parent.mkdir(exist_ok=True)
         _create(folder / path, change(folder / source))
         made[path] = what.format(source.removesuffix(".safetensors"))
     return made
+
+
+def _labels(folder: Path) -> str:
+    """Path, font and split of every packaged LoRA."""
+    lines, count = ["file,artist,split"], Counter[str]()
+    for path in sorted(folder.glob("*/*.safetensors")):
+        font = path.name.partition("-")[0]
+        split = _SPLITS.get(count[font], "train")
+        count[font] += 1
+        lines.append(f"{path.relative_to(folder).as_posix()},{font},{split}")
+    return "\n".join(lines) + "\n"
 
 
 def serialize(opened: Opened) -> bytes:

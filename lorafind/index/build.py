@@ -169,7 +169,7 @@ def _read_all(
     watch.stage("Reading", len(reads), sum(read.found.size for read in reads))
     contents = store.contents(VERSION)
     reasons = {read.found: read.why for read in reads}
-    with _workers(reads, choose(device), allow_pickle, contents.__contains__) as results:
+    with workers(reads, choose(device), allow_pickle, contents.__contains__) as results:
         waiting: list[Examined] = []
         deadline = time.monotonic() + COMMIT_SECONDS
         for done in results:
@@ -247,13 +247,14 @@ def _put_lora(store: Store, lora: Lora, contents: dict[str, int], fresh: dict[st
 
 
 @contextmanager
-def _workers(
-    reads: list[Read],
+def workers(
+    reads: Sequence[Read],
     device: torch.device,
     allow_pickle: bool,
     is_known: Callable[[str], bool],
+    linear: bool = False,
 ) -> Iterator[Iterator[Examined]]:
-    """Results in the order in which they are finished.
+    """Results of :func:`examine` in the order in which they are finished.
 
     One thread more than cores read and hash (both leave the interpreter free); at most one
     per core, or one for a GPU, does arithmetic, each on one thread of its own.
@@ -283,6 +284,7 @@ def _workers(
                         buffer=buffer,
                         gate=gate,
                         is_known=is_known,
+                        linear=linear,
                     )
                 )
             except BaseException as error:

@@ -82,15 +82,17 @@ def examine(
     buffer: bytearray,
     gate: AbstractContextManager[Any],
     is_known: Callable[[str], bool],
+    linear: bool = False,
 ) -> Examined:
     """Read a file and sketch what it holds; never raises for bad input.
 
     gate: held during the arithmetic, not during the reading. is_known: content → True where the
-    index holds its signature, which is then not made again.
+    index holds its signature, which is then not made again. linear: the signature is of ΔW itself
+    instead of style; the index keeps none such.
     """
     path = os.fsdecode(found.full)
     read_ns = time.time_ns()
-    sketching = _Sketching(device, gate)
+    sketching = _Sketching(device, gate, linear)
     try:
         mark = probe(found.full)
     except OSError:
@@ -113,9 +115,11 @@ def examine(
 class _Sketching:
     """A Sketcher that takes the gate when the first module comes."""
 
-    def __init__(self, device: torch.device, gate: AbstractContextManager[Any]) -> None:
+    def __init__(
+        self, device: torch.device, gate: AbstractContextManager[Any], linear: bool
+    ) -> None:
         self.device = device
-        self.sketcher = Sketcher(device)
+        self.sketcher = Sketcher(device, linear)
         self._gate = gate
         self._entered = False
         self._waiting: list[tuple[Any, Delta]] = []

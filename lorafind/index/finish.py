@@ -23,6 +23,11 @@ def finish(store: Store, watch: Progress) -> int:
     for architecture in sorted(architectures):
         watch.stage(f"Basis of {architecture}", 0, 0)
         stored.refresh(store, architecture)
+    if store.basis_ids():
+        # Imported late: only bases over other features than style read files.
+        from lorafind.bases.use import catch_up
+
+        catch_up(store, watch)
     for basis in store.basis_ids():
         owner = store.conn.execute(
             "SELECT architecture, kind FROM bases WHERE id = ?", (basis,)

@@ -37,7 +37,7 @@ def ask(store: Store, target: str, allow_pickle: bool = False, device: str = "cp
     """
     hit = find(store, target)
     if hit is not None and hit.lora is not None:
-        return Asked(target, hit.path, stored_query(store, hit.lora))
+        return Asked(target, hit.path, stored_query(store, hit.lora, hit.path))
     if hit is not None and hit.status != "pickle":
         raise NotAnAdapter(hit.status, hit.reason)
     path = os.path.abspath(os.path.expanduser(target)) if hit is None else hit.path
@@ -48,20 +48,20 @@ def ask(store: Store, target: str, allow_pickle: bool = False, device: str = "cp
             "SELECT 1 FROM signatures WHERE lora = ? AND version = ?", (known[0], SIGNATURE_VERSION)
         ).fetchone()
         if row:
-            return Asked(target, path, stored_query(store, known[0]), lora)
-    return Asked(target, path, fresh_query(store, lora), lora)
+            return Asked(target, path, stored_query(store, known[0], path), lora)
+    return Asked(target, path, fresh_query(store, lora, path), lora)
 
 
-def stored_query(store: Store, lora: int) -> Query:
+def stored_query(store: Store, lora: int, path: str = "") -> Query:
     """The Query of an indexed LoRA; no file is read."""
-    architecture, layout = store.conn.execute(
-        "SELECT architecture, layout FROM loras WHERE id = ?", (lora,)
+    architecture, layout, content = store.conn.execute(
+        "SELECT architecture, layout, content FROM loras WHERE id = ?", (lora,)
     ).fetchone()
     found = next(iter(store.signatures(SIGNATURE_VERSION, [lora])), None)
     if found is None:
         raise IndexProblem("its signature is of another version of lorafind: run `lorafind index`.")
     signature = found[1]
-    return Query(lora, architecture, layout, store.layout(layout)[1], signature)
+    return Query(lora, architecture, layout, store.layout(layout)[1], signature, content, path)
 
 
 def examine_file(path: str, allow_pickle: bool = False, device: str = "cpu") -> Lora:
@@ -92,7 +92,7 @@ def examine_file(path: str, allow_pickle: bool = False, device: str = "cpu") -> 
     return done.lora
 
 
-def fresh_query(store: Store, lora: Lora) -> Query:
+def fresh_query(store: Store, lora: Lora, path: str = "") -> Query:
     """The Query of a LoRA that the index lacks: its layout there, and its model if unknown."""
     from lorafind.index import classes
 
@@ -107,6 +107,8 @@ def fresh_query(store: Store, lora: Lora) -> Query:
         _layout(store, lora.architecture, lora.modules),
         lora.modules,
         lora.signature,
+        lora.content,
+        path,
     )
 
 

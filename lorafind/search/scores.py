@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lorafind.bases.basis import Basis
 from lorafind.bases.collection import SPACES, WEIGHTS
-from lorafind.bases.stored import Basis, by_group, current, embed, members
+from lorafind.bases.stored import by_group, current, embed, embedded, members
 from lorafind.formats import groups as group_bits
 from lorafind.index.rows import Module, StoredSignature
 from lorafind.index.store import Store
@@ -17,13 +18,18 @@ from lorafind.signatures.constants import SIGNATURE_VERSION
 
 @dataclass(frozen=True)
 class Query:
-    """One LoRA to compare with all. lora: its id, None where it is not in the index."""
+    """One LoRA to compare with all.
+
+    lora: its id, None where it is not in the index; content: SHA-256 hex; path: a file of it.
+    """
 
     lora: int | None
     architecture: str
     layout: int
     modules: Sequence[Module]
     signature: StoredSignature
+    content: str = ""
+    path: str = ""
 
 
 @dataclass
@@ -46,15 +52,27 @@ def default_groups(bits: int) -> tuple[str, ...]:
     return tuple(g for g in has if g in SPACES["model"]) or has
 
 
-def by_basis(store: Store, basis: Basis, query: Query, wanted: Sequence[str]) -> Scored:
-    """Cosines in the basis, over the groups that both LoRAs have; streams the embeddings."""
-    parts = _parts(store, basis, query)
+def by_basis(
+    store: Store, basis: Basis, query: Query, wanted: Sequence[str], stored: bool = True
+) -> Scored:
+    """Scores in the basis, over the groups that both LoRAs have; streams the embeddings.
+
+    stored: False for a basis that the index does not hold: the LoRAs are embedded as they come.
+    """
+    parts = _parts(store, basis, query, stored)
     own = set(group_bits.names(query.signature.groups)) & set(basis.groups) & set(wanted)
-    ids, layouts, scores = [], [], []
-    cache: dict[int, np.ndarray] = {}
+    mine = _Mine(basis, parts, _seen(basis, query.content))
+    blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
+    if stored:
+        scan = store.chunks.scan("embedding", basis.id)
+        blocks = ((block, rows, None) for block, rows in scan)
+    else:
+        ids, layouts, _ = members(store, basis.architecture)
+        blocks = embedded(store, basis, ids, layouts)
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     lacking: list[np.ndarray] = []
     model = set(basis.spaces["model"].groups) if "model" in basis.spaces else set()
-    for block, rows in store.chunks.scan("embedding", basis.id):
+    for block, rows, made in blocks:
         groups = rows["groups"]
         mixed = groups.min() != groups.max()
         for bits in np.unique(groups).tolist() if mixed else [int(groups[0])]:
@@ -63,31 +81,52 @@ def by_basis(store: Store, basis: Basis, query: Query, wanted: Sequence[str]) ->
             if not common:
                 continue
             same = groups == bits if mixed else slice(None)
-            if set(common) != have & model:
+            # Copies: a view would keep the whole block in memory.
+            if set(common) == have & model:
+                # The stored vector is over just these groups.
+                scores = basis.scores(rows["vector"][same], mine.vector(common))
+            elif made is not None:
+                seen = rows["seen"][same] if mine.distinguishes else None
+                scores = mine.against(made[same], common, seen)
+            else:
                 lacking.append(block[same])
                 continue
-            # The stored unit vector is over just these groups.
-            if bits not in cache:
-                cache[bits] = basis.vectors(parts, common)[0].astype(np.float32)
-            # Copies: a view would keep the whole block in memory.
-            ids.append(block[same].copy())
-            layouts.append(rows["layout"][same].copy())
-            scores.append(rows["vector"][same] @ cache[bits])
+            found.append((block[same].copy(), rows["layout"][same].copy(), scores))
     if lacking:
-        rest = _by_parts(store, basis, parts, own, np.concatenate(lacking))
-        for column, more in zip((ids, layouts, scores), rest, strict=True):
-            column.append(more)
-    if not ids:
+        found += _by_parts(store, basis, mine, own, np.concatenate(lacking))
+    if not found:
         empty = np.empty(0, np.int64)
         return Scored(empty, empty, empty, np.empty(0), tuple(sorted(own)))
-    numbers = np.concatenate(ids)
-    return Scored(
-        numbers,
-        np.concatenate(layouts),
-        _heads(store, numbers),
-        np.concatenate(scores),
-        tuple(sorted(own)),
-    )
+    numbers, where, scores = (np.concatenate(column) for column in zip(*found, strict=True))
+    return Scored(numbers, where, _heads(store, numbers), scores, tuple(sorted(own)))
+
+
+class _Mine:
+    """The query in a basis: its vector over any groups, made once each."""
+
+    def __init__(self, basis: Basis, parts: np.ndarray, seen: bool) -> None:
+        self.basis, self.parts = basis, parts
+        self.distinguishes = basis.distinguishes
+        self._seen = np.array([seen])
+        self._vectors: dict[tuple[str, ...], np.ndarray] = {}
+
+    def vector(self, common: tuple[str, ...]) -> np.ndarray:
+        """float32."""
+        if common not in self._vectors:
+            made = self.basis.vectors(self.parts, common, self._seen)[0]
+            self._vectors[common] = made.astype(np.float32)
+        return self._vectors[common]
+
+    def against(
+        self, parts: np.ndarray, common: tuple[str, ...], seen: np.ndarray | None
+    ) -> np.ndarray:
+        """Scores of LoRAs from their parts."""
+        theirs = self.basis.vectors(parts, common, None if seen is None else seen != 0)
+        return self.basis.scores(theirs, self.vector(common))
+
+
+def _seen(basis: Basis, content: str) -> bool:
+    return bool(content) and bytes.fromhex(content) in basis.seen
 
 
 def _heads(store: Store, ids: np.ndarray) -> np.ndarray:
@@ -100,44 +139,46 @@ def _heads(store: Store, ids: np.ndarray) -> np.ndarray:
     return np.where(known[where] == ids, family[where], ids)
 
 
-def _parts(store: Store, basis: Basis, query: Query) -> np.ndarray:
-    """p_g of the query, 1 × width: stored, or from its signature."""
-    if query.lora is not None:
+def _parts(store: Store, basis: Basis, query: Query, stored: bool) -> np.ndarray:
+    """p_g of the query, 1 × width: stored, or from its signature or file."""
+    if stored and query.lora is not None:
         row = store.chunks.get("parts", basis.id, query.lora)
         if row is not None:
             return np.asarray(row)[None]
-    whole = current(store, basis.architecture)
-    assert whole is not None and whole.id == basis.id
+    if basis.feature != "style":
+        from lorafind.bases.use import parts_of_file
+
+        return parts_of_file(basis, query.path)
+    whole = basis
+    if stored:
+        again = current(store, basis.architecture, wanted=basis.id)
+        assert again is not None
+        whole = again
     style = {g: row[None] for g, row in by_group(query.signature).items()}
     return embed(whole, style, np.array([query.layout]))[1]
 
 
 def _by_parts(
-    store: Store, basis: Basis, parts: np.ndarray, own: set[str], which: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    store: Store, basis: Basis, mine: _Mine, own: set[str], which: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The same for LoRAs whose groups differ from those compared: masked least squares."""
-    facts: dict[int, tuple[int, int]] = {}
+    facts: dict[int, tuple[int, ...]] = {}
+    names = ["groups", "layout", *(["seen"] if mine.distinguishes else [])]
     for block, rows in store.chunks.scan("embedding", basis.id):
         picked = np.isin(block, which)
-        facts.update(
-            zip(
-                block[picked].tolist(),
-                zip(rows["groups"][picked].tolist(), rows["layout"][picked].tolist(), strict=True),
-                strict=True,
-            )
-        )
-    ids, layouts, scores = [], [], []
+        columns = [rows[name][picked].tolist() for name in names]
+        facts.update(zip(block[picked].tolist(), zip(*columns, strict=True), strict=True))
     for block, rows in store.chunks.scan("parts", basis.id):
         picked = np.isin(block, which)
-        bits = np.array([facts[i][0] for i in block[picked].tolist()], np.int64)
-        for value in np.unique(bits).tolist():
-            same = np.flatnonzero(picked)[bits == value]
-            common = sorted(own & set(group_bits.names(value)))
-            theirs = basis.vectors(np.asarray(rows[same]), common)
-            ids.append(block[same])
-            layouts.append(np.array([facts[i][1] for i in block[same].tolist()]))
-            scores.append(theirs @ basis.vectors(parts, common)[0])
-    return np.concatenate(ids), np.concatenate(layouts), np.concatenate(scores)
+        table = np.array([facts[i] for i in block[picked].tolist()], np.int64)
+        table = table.reshape(-1, len(names))
+        for value in np.unique(table[:, 0]).tolist():
+            here = table[:, 0] == value
+            same = np.flatnonzero(picked)[here]
+            common = tuple(sorted(own & set(group_bits.names(value))))
+            seen = table[here, 2] if mine.distinguishes else None
+            scores = mine.against(np.asarray(rows[same]), common, seen)
+            yield block[same], table[here, 1], scores
 
 
 def plain(store: Store, architecture: str, query: Query, wanted: Sequence[str]) -> Scored:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lorafind.bases.basis import OWN, Basis
+from lorafind.bases.problem import BasisProblem
 from lorafind.bases.stored import current
 from lorafind.index.classes import kinds
 from lorafind.index.problem import IndexProblem
@@ -22,6 +24,8 @@ from lorafind.search.targets import Card, cards
 STRANGERS = 30
 #: Degrees of freedom of the distribution that ``chance`` takes strangers to have.
 TAIL = 10
+#: What is said in place of a basis where there is none.
+PLAIN = "plain"
 _CARDS = 256
 
 #: What a user may write for a group → groups.
@@ -40,7 +44,11 @@ GROUP_WORDS = {
 
 @dataclass(frozen=True)
 class Wishes:
-    """What of the answers is wanted. by: words of GROUP_WORDS; none: U-Net or transformer."""
+    """What of the answers is wanted.
+
+    by: words of GROUP_WORDS; none: U-Net or transformer. basis: one that was opened, or id or name
+    of one of the index, ``own``, or ``plain`` for none; empty: the one in use.
+    """
 
     count: int = 10
     by: Sequence[str] = ()
@@ -48,6 +56,7 @@ class Wishes:
     min_z: float | None = None
     every: bool = False
     same_base: bool = False
+    basis: Basis | str = ""
 
     def groups(self, bits: int) -> tuple[str, ...]:
         """The groups to compare by. Raises ValueError for a word that is none."""
@@ -98,7 +107,7 @@ def similar(store: Store, asked: Asked, wishes: Wishes) -> Iterator[Neighbour]:
     """The nearest first. Raises IndexProblem where nothing can be compared."""
     query = asked.query
     wanted = wishes.groups(query.signature.groups)
-    scored, basis = _score(store, query, wanted)
+    scored, basis = _score(store, query, wanted, wishes.basis)
     if query.lora is not None:
         keep = scored.ids != query.lora
         scored = Scored(
@@ -118,17 +127,30 @@ def similar(store: Store, asked: Asked, wishes: Wishes) -> Iterator[Neighbour]:
     yield from _rows(store, asked, scored, order, z, chance, relations, wishes, base, basis)
 
 
-def _score(store: Store, query: Query, wanted: Sequence[str]) -> tuple[Scored, str]:
+def _score(
+    store: Store, query: Query, wanted: Sequence[str], chosen: Basis | str
+) -> tuple[Scored, str]:
     """Scores against every LoRA that may be of the same architecture, and what they rest on."""
     found, used = [], []
     for architecture in kinds(query.architecture):
-        basis = current(store, architecture, light=True)
+        if isinstance(chosen, str):
+            basis, stored = _of_index(store, architecture, chosen), True
+        else:
+            basis, stored = chosen, False
+            if basis.architecture != architecture:
+                continue
         if basis is not None and set(wanted) & set(basis.groups):
-            found.append(by_basis(store, basis, query, wanted))
+            found.append(by_basis(store, basis, query, wanted, stored))
             used.append(basis.id)
         else:
             found.append(plain(store, architecture, query, wanted))
-            used.append("plain")
+            used.append(PLAIN)
+    if not found:
+        assert not isinstance(chosen, str)
+        raise BasisProblem(
+            f"The basis {chosen.facts['name']} is for {chosen.architecture}, "
+            f"{query.path} is for {query.architecture}."
+        )
     ids = np.concatenate([f.ids for f in found])
     # A LoRA that may be of several architectures is scored in each; its first score counts.
     _, first = np.unique(ids, return_index=True)
@@ -136,6 +158,16 @@ def _score(store: Store, query: Query, wanted: Sequence[str]) -> tuple[Scored, s
     layouts, families, scores = (np.concatenate(column)[first] for column in columns)
     groups = tuple(dict.fromkeys(g for f in found for g in f.groups))
     return Scored(ids[first], layouts, families, scores, groups), " ".join(dict.fromkeys(used))
+
+
+def _of_index(store: Store, architecture: str, name: str) -> Basis | None:
+    """A basis of the index by id or name; the one in use without a name. None: plain scores."""
+    if name == PLAIN:
+        return None
+    basis = current(store, architecture, light=True, wanted=name)
+    if basis is None and name and name != OWN:
+        raise BasisProblem(f"The index has no basis {name!r} for {architecture}.")
+    return basis
 
 
 def _own_family(store: Store, query: Query) -> set[int]:

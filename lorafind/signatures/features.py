@@ -80,20 +80,39 @@ def style_sketch(group: str, parts: list[Part]) -> tuple[np.ndarray, float] | No
     if grammed(group):
         shares = [part.traces / part.width * own for part, own in zip(parts, factors, strict=True)]
         grid -= trace_part(parts, shares, device)
+    return _folded(grid), float(vote.square().sum())
+
+
+def delta_sketch(parts: list[Part]) -> tuple[np.ndarray, float]:
+    """Sketch of ΔW itself (32,768 float32) of one group, and ‖ΔW‖².
+
+    parts: of a linear Sketcher; E⟨sketch(X), sketch(Y)⟩ = Σ_m ⟨X_m, Y_m⟩.
+    """
+    grid = torch.zeros(signs.ROWS, signs.ROWS, device=parts[0].norms.device)
+    for part in parts:
+        part.add_to(grid, torch.ones_like(part.sizes))
+    return _folded(grid), sum(float(part.norms.square().sum()) for part in parts)
+
+
+def _folded(grid: Tensor) -> np.ndarray:
     half = signs.ROWS // 2
     # Shifted by a column, two cells that meet share neither row nor column, so that a module of
     # rank 1 is folded as well as any.
     folded = grid[:half] + grid[half:].roll(1, 1)
-    return folded.reshape(STYLE).cpu().numpy(), float(vote.square().sum())
+    return folded.reshape(STYLE).cpu().numpy()
 
 
 def signature(sketcher: Sketcher) -> Signature:
-    """The signature of the adapter whose modules a Sketcher has collected (at least one)."""
+    """The signature of the adapter whose modules a Sketcher has collected (at least one).
+
+    Of a linear Sketcher ``style`` holds the sketches of ΔW itself and ``votes`` ‖ΔW‖² per group.
+    """
     identity, segment_norms = identity_sketch(sketcher)
     styles = {
         group: found
         for group in GROUPS
-        if (parts := sketcher.parts.get(group)) and (found := style_sketch(group, parts))
+        if (parts := sketcher.parts.get(group))
+        and (found := delta_sketch(parts) if sketcher.linear else style_sketch(group, parts))
     }
     everything = [part for parts in sketcher.parts.values() for part in parts]
     return Signature(

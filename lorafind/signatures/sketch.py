@@ -126,10 +126,13 @@ class Sketcher:
     parts: group → what style needs. spectrum: the identity sketches of all segments in the Fourier
     domain, 65 × 11 complex64. The grid of a module, folded along a + b modulo 128, is a circular
     convolution of its two sides (a tensor sketch), which is a product there, summed over ranks.
+    linear: the parts are of ΔW in every group, for the sketch of ΔW itself.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, linear: bool = False) -> None:
         self.device = device
+        self.linear = linear
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Norms are added up in float64, which Apple's GPUs lack.
         self._exact = torch.float32 if device.type == "mps" else torch.float64
         self.parts: dict[str, list[Part]] = defaultdict(list)
@@ -177,7 +180,7 @@ class Sketcher:
         left = self._side(_columns(fold(b, signs.STRIDE, 1)), "e", names, scale)
         right = self._side(fold(a, signs.STRIDE, 2).flatten(0, 1).T, "f", names)
         self._add_identity(places, left, right)
-        if not grammed(places[0].group):
+        if not self._grammed(places[0]):
             self._keep(places, left, right, norms, norms, torch.zeros_like(norms), o)
             return
         columns = left.view(signs.ROWS, len(items), rank).permute(1, 0, 2)
@@ -197,7 +200,7 @@ class Sketcher:
         left = self._side(grid, "e", name)
         right = self._side(torch.eye(grid.shape[1], device=self.device), "f", name)
         self._add_identity([place], left, right)
-        if not grammed(place.group):
+        if not self._grammed(place):
             self._keep([place], left, right, norms, norms, torch.zeros_like(norms), o)
             return
         product = folded @ fold(x, signs.GRAM_STRIDE, 0).T
@@ -231,7 +234,7 @@ class Sketcher:
             sides = (x.view(signs.ROWS, count, -1).permute(1, 0, 2) for x in (left, right))
             one, two = sides
             grids = one @ two.mT
-            if grammed(places[0].group):
+            if self._grammed(places[0]):
                 # float16 would drown K₀ in the roundoff of the trace part.
                 names = tuple(place.name for place in places)
                 e, f = self._signs("e", names, signs.ROWS), self._signs("f", names, signs.ROWS)
@@ -245,8 +248,20 @@ class Sketcher:
     def _signs(self, matrix: str, names: tuple[str, ...], width: int) -> Tensor:
         return _sign_block(matrix, names, width, self.device)
 
+    def _grammed(self, place: Place) -> bool:
+        return grammed(place.group) and not self.linear
+
     def _stack(self, tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors).to(device=self.device, dtype=F32, non_blocking=True)
+        stacked = torch.stack(tensors)
+        if self._copies is None:
+            return stacked.to(device=self.device, dtype=F32)
+        # On a stream of its own a copy does not wait for the arithmetic that was asked for before.
+        with torch.cuda.stream(self._copies):
+            moved = stacked.pin_memory().to(self.device, non_blocking=True)
+        working = torch.cuda.current_stream(self.device)
+        working.wait_stream(self._copies)
+        moved.record_stream(working)
+        return moved.to(F32)
 
     def _side(
         self, folded: Tensor, matrix: str, names: tuple[str, ...], scale: Tensor | None = None

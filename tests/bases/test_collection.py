@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lorafind.bases.collection import (
-    SHRINK,
     WEIGHTS,
     Sample,
     bend,
@@ -15,6 +14,7 @@ from lorafind.bases.collection import (
     gram,
     unit_rows,
 )
+from lorafind.bases.kernel import SHRINK
 
 N, D = 60, 400
 GROUPS = ("self_attn", "cross_attn", "ff")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lorafind.bases.basis import Basis, to_stored
 from lorafind.bases.collection import Space
-from lorafind.bases.stored import Basis, to_stored
 from lorafind.index.rows import Module, StoredSignature
 from lorafind.index.store import Store
 from lorafind.signatures.constants import (

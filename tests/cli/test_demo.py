@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lorafind.bases.labels import read_labels
 from lorafind.cli.demo import STEPS
 from lorafind.demo.make import make
 from lorafind.index.build import build
@@ -161,8 +162,17 @@ def test_it_is_the_same_every_time(collection: Path, tmp_path: Path) -> None:
 
     assert contents(tmp_path / "again") == contents(collection)
     assert {Path(path) for path in made} == {
-        path for path in contents(collection) if path.parts[0] not in ("thin", "wild")
+        path for path in contents(collection) if path.parts[0] not in ("thin", "wild", "labels.csv")
     }
+
+
+def test_its_labels_name_every_packaged_lora(collection: Path) -> None:
+    labelled = read_labels(collection)
+    packaged = {p for part in ("thin", "wild") for p in (collection / part).iterdir()}
+    assert {one.path for one in labelled} == packaged
+    assert all(one.path.name.startswith(one.artist) for one in labelled)
+    for split in ("calibration", "validation", "test"):
+        assert len({one.artist for one in labelled if one.split == split}) == 6
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

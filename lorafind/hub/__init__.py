@@ -1,0 +1,1 @@
+"""Bases by name: in the folder of the user, and on the Hugging Face Hub."""

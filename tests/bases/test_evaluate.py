@@ -1,0 +1,441 @@
+"""The protocol on planted vectors, against scikit-learn, and on planted files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.metrics import average_precision_score
+
+from lorafind.bases.baselines import picture_names, resemblance, retrieved
+from lorafind.bases.drift import drift
+from lorafind.bases.evaluate import Report, Wishes, evaluate, subject_of
+from lorafind.bases.images import Features
+from lorafind.bases.kernel import Kernel
+from lorafind.bases.labels import Labelled
+from lorafind.bases.problem import BasisProblem
+from lorafind.bases.protocol import GRID, Row, Settings, Space, combinations, protocol
+from lorafind.bases.scoring import Subject
+from lorafind.bases.unseen import unseen
+from tests.bases.planted import collection, vectors
+
+NUMBER = 11
+
+
+def subject(rows: np.ndarray, labels: Sequence[Labelled], feature: str = "delta") -> Subject:
+    n = len(rows)
+    kernel = Kernel({"other": rows @ rows.T}, {"other": np.ones(n, bool)})
+    contents = [str(one.path) for one in labels]
+    return subject_of(feature, kernel, labels, np.zeros(n, int), contents)
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[np.ndarray, list[Labelled]]:
+    return vectors()
+
+
+def only(rows: Sequence[Row], **wanted: object) -> Row:
+    """The one row with these fields."""
+    (found,) = [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
+    return found
+
+
+def of(labels: Sequence[Labelled], split: str) -> np.ndarray:
+    return np.array([one.split == split for one in labels])
+
+
+def mean_precision(scores: np.ndarray, asking: np.ndarray, base: np.ndarray) -> float:
+    each = [average_precision_score(base == a, s) for a, s in zip(asking, scores, strict=True)]
+    return 100 * float(np.mean(each))
+
+
+def distances(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    return -np.linalg.norm(one[:, None] - two, axis=2)
+
+
+class Oracle:
+    """The same from scikit-learn's components of the vectors themselves."""
+
+    def __init__(self, rows: np.ndarray, labels: Sequence[Labelled], k: int) -> None:
+        self.train, self.test = of(labels, "train"), of(labels, "test")
+        self.artists = np.array([one.artist for one in labels])
+        pca = PCA(k, svd_solver="full").fit(rows[self.train])
+        self.raw = pca.transform(rows)
+        self.calibrated = self.raw.copy()
+        names = np.unique(self.artists)
+        means = {
+            split: np.stack(
+                [self.raw[of(labels, split) & (self.artists == a)].mean(0) for a in names]
+            )
+            for split in ("calibration", "train")
+        }
+        for j in range(k):
+            columns = np.stack([means["calibration"][:, j], np.ones(len(names))], 1)
+            (scale, offset), *_ = np.linalg.lstsq(columns, means["train"][:, j])
+            self.calibrated[:, j] = scale * self.raw[:, j] + offset
+
+    def precision(self, queries: np.ndarray) -> float:
+        scores = distances(queries[self.test], self.raw[self.train])
+        return mean_precision(scores, self.artists[self.test], self.artists[self.train])
+
+
+def test_figures_are_those_of_scikit_learns_components(
+    planted: tuple[np.ndarray, list[Labelled]],
+) -> None:
+    rows, labels = planted
+    oracle = Oracle(rows, labels, NUMBER)
+    found = protocol(subject(rows, labels), Settings(components=(NUMBER,)))
+    wanted = {"split": "test", "basis": "components", "metric": "euclidean"}
+    plain = only(found, calibration="none", **wanted)
+    assert plain.map == pytest.approx(oracle.precision(oracle.raw), abs=1e-6)
+    calibrated = only(found, calibration="scale and offset", **wanted)
+    assert calibrated.map == pytest.approx(oracle.precision(oracle.calibrated), abs=1e-6)
+    assert plain.queries == 36
+
+
+def test_without_components_the_cosines_of_the_vectors(
+    planted: tuple[np.ndarray, list[Labelled]],
+) -> None:
+    rows, labels = planted
+    train, test = of(labels, "train"), of(labels, "test")
+    artists = np.array([one.artist for one in labels])
+    found = protocol(subject(rows, labels), Settings(components=(2,)))
+    for basis, moved in (("none", rows), ("mean", rows - rows[train].mean(0))):
+        unit = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+        expected = mean_precision(unit[test] @ unit[train].T, artists[test], artists[train])
+        row = only(found, split="test", basis=basis, metric="cosine")
+        assert row.map == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_repairs_the_drift(planted: tuple[np.ndarray, list[Labelled]]) -> None:
+    rows, labels = planted
+    assert rows.shape[1] > 100 * len(rows)
+    whole = subject(rows, labels)
+    # The drift first: unseen LoRAs lie near the centre, far from the training LoRAs of their
+    # artist, and the more so the fewer there are.
+    settings = Settings(components=(NUMBER,))
+    drifted = drift(whole, settings)
+    oracle = Oracle(rows, labels, NUMBER)
+    size = {
+        split: np.sqrt((oracle.raw[getattr(oracle, split)] ** 2).sum(1).mean())
+        for split in ("train", "test")
+    }
+    last = only(drifted, split="test", calibration="none", per_artist=8)
+    assert last.spread == pytest.approx(size["test"] / size["train"], abs=1e-6)
+    assert last.spread is not None and last.spread < 0.5
+    by_size = [
+        only(drifted, split="test", calibration="none", per_artist=size) for size in (2, 3, 4, 6, 8)
+    ]
+    spreads = [row.spread for row in by_size if row.spread is not None]
+    away = [row.distance for row in by_size if row.distance is not None]
+    assert spreads == sorted(spreads) and away == sorted(away, reverse=True)
+    assert spreads[0] < 0.25 and away[0] > 0.75
+
+    repaired = only(drifted, split="test", calibration="scale and offset", per_artist=8)
+    assert repaired.spread is not None and 0.85 < repaired.spread < 1.1
+    assert repaired.distance is not None and repaired.distance < 0.4 * away[-1]
+
+    # It shows where LoRAs are looked for by distance, the more the more components there are.
+    found = protocol(whole, Settings(components=(NUMBER, 40)))
+    for k, least in ((NUMBER, 15), (40, 30)):
+        wanted = {"split": "test", "basis": "components", "metric": "euclidean", "components": k}
+        before = only(found, calibration="none", **wanted).map
+        for kind in ("scale and offset", "scale only"):
+            after = only(found, calibration=kind, **wanted).map
+            assert before is not None and after is not None
+            assert after > before + least and after > 85
+    scales = Space(whole, whole.rows("train")).calibration(
+        "scale and offset", NUMBER, whole.rows("calibration")
+    )
+    assert scales is not None
+    assert 1 < scales.scale[0] < scales.scale[5]
+
+
+def test_copies_of_training_loras_are_not_calibrated(
+    planted: tuple[np.ndarray, list[Labelled]],
+) -> None:
+    rows, labels = planted
+    whole = subject(rows, labels)
+    contents = list(whole.contents)
+    test, train = whole.rows("test")[0], whole.rows("train")[0]
+    contents[test] = contents[train]
+    space = Space(replace(whole, contents=contents), whole.rows("train"))
+    fix = space.calibration("scale and offset", 5, whole.rows("calibration"))
+    assert fix is not None
+    raw, placed = space.coordinates(5), space.calibrated(5, fix)
+    np.testing.assert_array_equal(placed[test], raw[test])
+    np.testing.assert_array_equal(placed[whole.rows("train")], raw[whole.rows("train")])
+    other = whole.rows("test")[1]
+    np.testing.assert_allclose(placed[other], fix.scale * raw[other] + fix.offset)
+
+
+def test_artists_that_the_basis_has_not_seen() -> None:
+    rows, labels = vectors(width=1000, signal=0.1)
+    artists = np.array([one.artist for one in labels])
+    order = sorted(set(artists.tolist()))
+    known = np.isin(artists, order[::2])
+    base, test = of(labels, "train") & ~known, of(labels, "test") & ~known
+    found = unseen(subject(rows, labels), Settings(components=(2,)))
+
+    def expected(moved: np.ndarray) -> float:
+        unit = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+        return mean_precision(unit[test] @ unit[base].T, artists[test], artists[base])
+
+    def placed(who: np.ndarray) -> np.ndarray:
+        pca = PCA(2, svd_solver="full").fit(rows[who & of(labels, "train")])
+        made: np.ndarray = pca.transform(rows)
+        return made
+
+    for basis, moved in (
+        ("none", rows),
+        ("mean of others", rows - rows[known].mean(0)),
+        ("components of others", placed(known)),
+        ("components of their own", placed(~known)),
+    ):
+        row = only(found, basis=basis, metric="cosine", split="test")
+        assert row.map == pytest.approx(expected(moved), abs=1e-6), basis
+        assert row.queries == test.sum() == 18
+        # Not so easy that any order will do.
+        assert row.map is not None and row.map < 99
+
+
+def test_the_best_number_on_validation_is_marked(
+    planted: tuple[np.ndarray, list[Labelled]],
+) -> None:
+    rows, labels = planted
+    found = protocol(subject(rows, labels), Settings())
+    for kind in ("none", "scale and offset"):
+        mine = [r for r in found if (r.calibration, r.metric) == (kind, "euclidean")]
+        maps = {r.components: round(r.map or 0, 3) for r in mine if r.split == "validation"}
+        assert set(GRID) - {100} <= set(maps)
+        best = min(k for k in maps if maps[k] == max(maps.values()))
+        assert {r.components for r in mine if r.chosen} == {best}
+        # Clusters take long: only for the chosen number.
+        assert {r.components for r in mine if r.ari is not None} == {best}
+    assert only(found, split="train", calibration="none", metric="euclidean", chosen=True).ari
+
+
+def test_every_number_has_clusters_when_asked(planted: tuple[np.ndarray, list[Labelled]]) -> None:
+    rows, labels = planted
+    found = protocol(subject(rows, labels), Settings(components=(5, 11), every=True))
+    with_clusters = {(r.components, r.split) for r in found if r.ari is not None}
+    assert with_clusters == {(k, s) for k in (5, 11) for s in ("train", "validation", "test")}
+
+
+def test_without_validation_the_eigenvalues_choose(
+    planted: tuple[np.ndarray, list[Labelled]],
+) -> None:
+    rows, labels = planted
+    relabelled = [replace(o, split=o.split.replace("validation", "train")) for o in labels]
+    found = protocol(subject(rows, relabelled), Settings())
+    (chosen,) = {r.components for r in found if r.basis == "components" and r.chosen}
+    assert 6 <= chosen <= 14
+    assert not [r for r in found if r.split == "validation"]
+
+
+def test_without_calibration_loras_there_is_none(
+    planted: tuple[np.ndarray, list[Labelled]],
+) -> None:
+    rows, labels = planted
+    relabelled = [replace(o, split=o.split.replace("calibration", "train")) for o in labels]
+    found = protocol(subject(rows, relabelled), Settings(components=(5,)))
+    assert {r.calibration for r in found} == {"none"}
+
+
+def test_without_genres_there_are_no_figures_of_genres(
+    planted: tuple[np.ndarray, list[Labelled]],
+) -> None:
+    rows, labels = planted
+    with_genres = protocol(subject(rows, labels), Settings(components=(5,)))
+    without = protocol(
+        subject(rows, [replace(o, genre="") for o in labels]), Settings(components=(5,))
+    )
+    assert all(r.genre_precision is not None for r in with_genres if r.map is not None)
+    assert all(r.genre_precision is None for r in without)
+
+
+def test_groups_and_what_a_lora_lacks() -> None:
+    rows, labels = vectors(artists=6, width=400, signal=1.0)
+    halves = {"self_attn": rows[:, :200].copy(), "ff": rows[:, 200:].copy()}
+    halves["ff"][::3] = 0
+    present = {g: np.asarray(x.any(1)) for g, x in halves.items()}
+    kernel = Kernel({g: x @ x.T for g, x in halves.items()}, present)
+    contents = [str(i) for i in range(len(rows))]
+    layouts = present["ff"].astype(int)
+    # Lengths count in ΔW, where a missing group is zero: as one vector.
+    raw = subject_of("delta", kernel, labels, layouts, contents)
+    space = Space(raw, raw.rows("train"))
+    joined = np.concatenate(list(halves.values()), 1)
+    pca = PCA(4, svd_solver="full").fit(joined[raw.rows("train")])
+    np.testing.assert_allclose(
+        np.abs(space.coordinates(4)), np.abs(pca.transform(joined)), atol=1e-8
+    )
+    # In style only directions count, and what is missing is left out.
+    style = subject_of("style", kernel, labels, layouts, contents, {"ff": 0.5})
+    assert style.weights == {"self_attn": 1.0, "ff": 0.5}
+    np.testing.assert_allclose(np.diag(style.kernel.grams["self_attn"]), 1.0)
+    alone = Space(style.only(("self_attn",)), style.rows("train"))
+    lacking = ~present["ff"]
+    assert np.linalg.norm(Space(style, style.rows("train")).coordinates(4)[lacking]) > 1
+    assert alone.coordinates(4).shape == (len(rows), 4)
+    assert combinations(style, Settings()) == {
+        "all": ("self_attn", "ff"),
+        "self_attn": ("self_attn",),
+        "ff": ("ff",),
+    }
+    asked = Settings(groups={"both": ("ff", "self_attn"), "none": ("conv",)})
+    assert combinations(style, asked) == {"both": ("self_attn", "ff")}
+
+
+def test_a_group_that_no_training_lora_has() -> None:
+    rows, labels = vectors(artists=4, width=50, signal=1.0)
+    rows[of(labels, "train")] = 0
+    n = len(rows)
+    kernel = Kernel({"ff": rows @ rows.T}, {"ff": np.asarray(rows.any(1))})
+    whole = subject_of("style", kernel, labels, np.zeros(n, int), [str(i) for i in range(n)])
+    assert {row.basis for row in protocol(whole, Settings())} == {"none", "mean"}
+    assert drift(whole, Settings()) == []
+    assert {row.basis for row in unseen(whole, Settings())} == {"none", "mean of others"}
+
+
+def test_images_of_loras(planted: tuple[np.ndarray, list[Labelled]]) -> None:
+    rows, labels = planted
+    names = picture_names(labels)
+    rng = np.random.default_rng(9)
+    artists = np.array([one.artist for one in labels])
+    styles = {a: rng.normal(size=16) for a in set(artists.tolist())}
+    kinds = {
+        kind: Features(
+            {
+                name: (styles[a] + noise * rng.normal(size=16)).astype(np.float32)
+                for name, a in zip(names, artists, strict=True)
+            }
+        )
+        for kind, noise in (("original", 0.3), ("generated", 2.0))
+    }
+    found = retrieved("clip", kinds, labels, 0)
+    base, test = of(labels, "train"), of(labels, "test")
+    points = {
+        k: f.matrix(names) / np.linalg.norm(f.matrix(names), axis=1)[:, None]
+        for k, f in kinds.items()
+    }
+    maps = {}
+    for one in kinds:
+        for two in kinds:
+            row = only(found, split="test", scenario=f"{one} → {two}")
+            scores = points[one][test] @ points[two][base].T
+            expected = mean_precision(scores, artists[test], artists[base])
+            assert row.map == pytest.approx(expected, abs=1e-4)
+            maps[one, two] = row.map or 0.0
+    assert maps["original", "original"] > 90 > maps["generated", "generated"]
+    assert only(found, split="train", scenario="original").ari == pytest.approx(100)
+
+    # Embeddings of the same LoRAs resemble one another where artists decide both.
+    told: list[str] = []
+    whole = subject(rows, labels)
+    space = Space(whole, whole.rows("train"))
+    same = Features({n: r.astype(np.float32) for n, r in zip(names, rows[:, :2000], strict=True)})
+    flat = Features({n: np.ones(4, np.float32) for n in names})
+    rows_of = resemblance("dino", {"a": same, "b": flat}, space, 3, told.append)
+    (row,) = rows_of
+    assert row.scenario == "a" and row.components == 3 and row.queries == 96
+    assert row.similarity is not None and 0 < row.similarity <= 1
+    assert "same features" in told[0]
+
+
+def test_two_artists_may_use_one_name() -> None:
+    labels = [Labelled(Path("x/one.safetensors"), "x"), Labelled(Path("y/one.safetensors"), "y")]
+    assert picture_names(labels) == ["x/one", "y/one"]
+    assert picture_names(labels[:1]) == ["one"]
+
+
+@pytest.fixture(scope="module")
+def collections(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collections")
+    collection(folder / "uniform", uniform=True)
+    collection(folder / "mixed", uniform=False)
+    return folder
+
+
+FEW = Settings(groups={"all": ("cross_attn",)}, components=(4,))
+
+
+def precisions(report: Report) -> dict[str, float]:
+    """Feature → mAP of test on components, Euclidean, uncalibrated."""
+    return {
+        row.feature: row.map or 0.0
+        for row in report.rows
+        if (row.table, row.split, row.basis) == ("protocol", "test", "components")
+        and (row.calibration, row.metric) == ("none", "euclidean")
+    }
+
+
+def test_style_retrieves_where_theta_cannot(collections: Path) -> None:
+    wishes = Wishes(features=("style", "delta", "theta"), settings=FEW)
+    found = precisions(evaluate(collections / "uniform", wishes))
+    assert all(found[feature] > 95 for feature in ("style", "delta", "theta")), found
+    report = evaluate(collections / "mixed", wishes)
+    found = precisions(report)
+    # At random the mean average precision of five artists is about 24 percent.
+    assert found["style"] > 95 and found["theta"] < 40 and found["delta"] < 55, found
+    assert any("theta is filled up with zeros" in note for note in report.notes)
+    assert report.refused == []
+    assert report.notes[0].startswith("60 LoRAs of 5 artists: ")
+
+
+def test_bad_files_are_named_and_features_that_do_not_fit(
+    collections: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "mixed"
+    for artist in sorted((collections / "mixed").iterdir()):
+        (place / artist.name).mkdir(parents=True)
+        for file in artist.iterdir():
+            (place / artist.name / file.name).hardlink_to(file)
+    (place / "artist-0" / "broken.safetensors").write_bytes(b"no header")
+    report = evaluate(place, Wishes(features=("style", "delta"), settings=FEW))
+    ((path, reason),) = report.refused
+    assert path.endswith("broken.safetensors") and reason
+    assert len(precisions(report)) == 2
+    with pytest.raises(BasisProblem, match=r"style is left out: None of 61 files"):
+        evaluate(place, Wishes(features=("style",), settings=Settings({"x": ("conv",)})))
+
+
+def test_inner_products_are_kept(collections: Path, tmp_path: Path) -> None:
+    wishes = Wishes(features=("theta",), settings=FEW, cache=tmp_path / "cache")
+    first = precisions(evaluate(collections / "uniform", wishes))
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert precisions(evaluate(collections / "uniform", wishes)) == first
+    # What is kept is what is used.
+    with np.load(kept) as state:
+        arrays = {name: state[name] for name in state.files}
+    (name,) = [name for name in arrays if name.startswith("gram/")]
+    shuffled = np.random.default_rng(0).permutation(len(arrays[name]))
+    arrays[name] = arrays[name][np.ix_(shuffled, shuffled)]
+    np.savez(kept, **arrays)
+    assert precisions(evaluate(collections / "uniform", wishes))["theta"] < 60 < first["theta"]
+
+
+def test_splits_differ_with_the_seed(collections: Path) -> None:
+    made = [
+        evaluate(
+            collections / "uniform", Wishes(features=("style",), settings=replace(FEW, seed=seed))
+        )
+        for seed in (0, 0, 1)
+    ]
+    splits = [[one.split for one in report.sights[0].labels] for report in made]
+    assert splits[0] == splits[1] != splits[2]
+    assert [r for r in made[0].rows if r.table != "drift"] == [
+        r for r in made[1].rows if r.table != "drift"
+    ]
+
+
+def test_too_few_train(tmp_path: Path, collections: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for file in sorted((collections / "uniform" / "artist-0").iterdir())[:2]:
+        (tmp_path / "a" / file.name).hardlink_to(file)
+    with pytest.raises(BasisProblem, match="2 training LoRAs are too few"):
+        evaluate(tmp_path, Wishes(features=("style",)))
