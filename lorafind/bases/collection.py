@@ -45,12 +45,14 @@ class Sample:
     """What a basis is fitted on: n LoRAs, one space.
 
     styles: group → n × 32,768 int8 (rows of zeros where the LoRA lacks the group);
-    layouts: layout id per LoRA; weights: 1/|family| per LoRA.
+    layouts: layout id per LoRA; weights: 1/|family| per LoRA; heads: n bools, one LoRA of every
+    family (default: all are).
     """
 
     styles: Mapping[str, np.ndarray]
     layouts: np.ndarray
     weights: np.ndarray
+    heads: np.ndarray | None = None
 
 
 @dataclass
@@ -115,8 +117,12 @@ def fit(sample: Sample, groups: Sequence[str], components: int | None = None) ->
     cosines = Kernel({g: gram(sample.styles[g]) for g in present if present[g].any()}, present)
     fitted = kernel.fit(cosines, sample.layouts, sample.weights, WEIGHTS)
     if components is None:
-        views = list(fitted.views.values())
-        choice = choose(fitted.eigenvalues, fitted.vectors, views, MOST_COMPONENTS)
+        # Copies agree in all their groups, and in their noise as well.
+        heads = (
+            np.arange(len(sample.layouts)) if sample.heads is None else sample.heads.nonzero()[0]
+        )
+        views = [view[np.ix_(heads, heads)] for view in fitted.views.values()]
+        choice = choose(fitted.eigenvalues, fitted.vectors[heads], views, MOST_COMPONENTS)
     else:
         ones = np.ones(min(components, fitted.size))
         choice = Choice(ones, ones)

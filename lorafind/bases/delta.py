@@ -171,6 +171,8 @@ class Exact(Matrix):
 
         saved: counts modules where that of other features counts tiles.
         """
+        # Apple's GPUs lack float64, which the sums are made in.
+        device = "cpu" if device == "mps" else device
         watch = watch or Silent()
         kept = saved.load(group) if saved else None
         done, total = kept or (0, np.zeros((self.count, self.count)))

@@ -39,10 +39,9 @@ def drift(subject: Subject, settings: Settings, watch: Progress | None = None) -
     found = []
     for size in sizes:
         space = Space(subject, part(subject, train, size, settings.seed))
-        for kind in space.kinds(subject.rows("calibration")) if space.size else ():
-            for k in grid(settings.components, space.size, space.size):
-                fix = space.calibration(kind, k, subject.rows("calibration"))
-                placed = space.calibrated(k, fix)
+        for kind in space.kinds:
+            for k in grid(settings.components, space):
+                placed = space.placed(kind, k)
                 for split in subject.queries:
                     rows = subject.rows(split)
                     spread, distance = measured(

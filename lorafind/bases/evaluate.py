@@ -221,11 +221,10 @@ def _evaluated(subject: Subject, settings: Settings, report: Report, watch: Prog
     found = [*unseen(whole, settings), *drift(whole, settings, watch)]
     report.rows += rows + [replace(row, groups=first) for row in found]
     space = Space(whole, whole.rows("train"))
-    fixes = whole.rows("calibration")
-    scales = {
-        kind: fix.scale
-        for kind in space.kinds(fixes)
-        if (fix := space.calibration(kind, space.size, fixes)) is not None
+    scales: dict[str, np.ndarray] = {
+        kind: space.calibration(kind, space.size).scale
+        for kind in ("scale and offset", "scale only")
+        if kind in space.kinds
     }
     places = space.coordinates(min(2, space.size))
     best = best_number(rows, subject.feature, first) or space.size

@@ -18,6 +18,8 @@ from lorafind.index.progress import Progress, Silent
 
 #: Bytes of one tile as n × c float32; two are in memory at a time, one of them being read.
 TILE = 192 << 20
+#: Columns of a tile: sums of more numbers in float32 lose digits.
+MOST_COLUMNS = 1 << 16
 #: Rows of a block of the product.
 _ROWS = 512
 
@@ -56,7 +58,7 @@ class Matrix(ABC):
     def tiles(self, group: str) -> list[slice]:
         """Ranges that cover the columns of a group, each within TILE bytes."""
         width = self.widths[group]
-        step = max(1, TILE // (4 * max(1, self.count)))
+        step = max(1, min(MOST_COLUMNS, TILE // (4 * max(1, self.count))))
         return [slice(i, min(i + step, width)) for i in range(0, width, step)]
 
     def walk(self, group: str, start: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
@@ -110,7 +112,7 @@ def add_product(
     square = float(mean.astype(np.float64) @ mean)
     total += np.outer(present, along) + np.outer(along, present)
     total += square * np.outer(present, present)
-    if device == "cpu":
+    if not device.startswith("cuda"):
         for i in range(0, len(block), _ROWS):
             rows = block[i : i + _ROWS]
             for j in range(0, i + 1, _ROWS):

@@ -2,26 +2,32 @@
 
 The data base is the training LoRAs, which the components are fitted on; validation and test LoRAs
 ask. The training LoRAs keep their raw projections; with calibration every other LoRA is calibrated,
-unless its content is that of a training LoRA.
+unless its content is that of a training LoRA. Beside the paper's calibrations stands that of a
+collection of which nothing is known, with a number of components that is chosen without labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from lorafind.bases import calibration, metrics
+from lorafind.bases import calibration, metrics, selection
 from lorafind.bases.calibration import Calibration
-from lorafind.bases.collection import bend
 from lorafind.bases.metrics import Clusters, Retrieval
 from lorafind.bases.scoring import METRICS, Subject, centred, cosines, nearness, plain, unit
 from lorafind.index.progress import Progress, Silent
 
 #: Numbers of components that are tried; 67 and 69 are the paper's choices.
 GRID = (5, 10, 15, 20, 30, 40, 60, 67, 69, 80, 100)
-CALIBRATIONS = ("none", "scale and offset", "scale only")
+#: Components that are computed.
+MOST = 128
+#: Components weighted by the share of their variance that LoRAs have in common, as `similar` does.
+UNLABELLED = "without labels"
+CALIBRATIONS = ("none", "scale and offset", "scale only", UNLABELLED)
 #: Metrics by which ``chosen`` compares calibrations and groups; the others need more than a pair.
 PAIRWISE = ("cosine", "euclidean")
 #: Features that have a direction per layer and are compared by cosine; the others carry lengths.
@@ -54,7 +60,8 @@ class Row:
 
     table: ``protocol``, ``unseen`` (artists that the basis has not seen), ``drift`` or ``images``;
     basis: ``none``, ``mean`` (centring alone), ``components``, and whose; components: their number,
-    0 without; chosen: that number is the best on validation; queries: LoRAs that ask, or that are
+    0 without; chosen: that number is the best on validation (for the calibration without labels:
+    it was chosen without them); queries: LoRAs that ask, or that are
     clustered. For drift: per_artist (training LoRAs), spread and distance
     (:mod:`lorafind.bases.drift`). For images: scenario, and similarity of embeddings.
     """
@@ -129,13 +136,13 @@ class Space:
     coordinates are on the first k components for any k ≤ ``size``.
     """
 
-    def __init__(self, subject: Subject, train: np.ndarray, most: int = max(GRID)) -> None:
+    def __init__(self, subject: Subject, train: np.ndarray, most: int = MOST) -> None:
         self.subject, self.train = subject, train
         known = any(has[train].any() for has in subject.kernel.present.values())
         self.fitted = subject.fit(train, most) if known else None
         self._kept: dict[int, np.ndarray] = {}
         seen = {subject.contents[i] for i in train.tolist()}
-        self._raw = np.array([content in seen for content in subject.contents])
+        self._seen = np.array([content in seen for content in subject.contents])
 
     @property
     def size(self) -> int:
@@ -151,15 +158,28 @@ class Space:
             self._kept[k] = self.fitted.coordinates(subject.kernel, subject.layouts, k)
         return self._kept[k]
 
-    def calibrated(self, k: int, fix: Calibration | None) -> np.ndarray:
-        """n × k: calibrated but for what the components were fitted on; raw without ``fix``."""
-        raw = self.coordinates(k)
-        return raw if fix is None else np.where(self._raw[:, None], raw, fix.apply(raw))
+    def placed(self, kind: str, k: int) -> np.ndarray:
+        """n × k: coordinates after one of CALIBRATIONS.
 
-    def calibration(self, kind: str, k: int, rows: np.ndarray) -> Calibration | None:
-        """Of one of CALIBRATIONS, from the calibration LoRAs ``rows``; None for ``none``."""
-        if kind == "none":
-            return None
+        What the components were fitted on keeps its raw coordinates, but without labels: there
+        both kinds are weighted (:mod:`lorafind.bases.selection`).
+        """
+        raw = self.coordinates(k)
+        if kind == "none" or self.fitted is None:
+            return raw
+        fitted = self._seen[:, None]
+        if kind == UNLABELLED:
+            share = selection.shared(self.fitted.eigenvalues)[:k]
+            root = np.sqrt(np.pad(share, (0, k - len(share)), mode="edge"))
+            return np.where(fitted, raw * root, raw / root)
+        return np.where(fitted, raw, self.calibration(kind, k).apply(raw))
+
+    def calibration(self, kind: str, k: int) -> Calibration:
+        """Scales and offsets, from the calibration LoRAs.
+
+        Raises BasisProblem where fewer than two artists have some.
+        """
+        rows = self.subject.rows("calibration")
         coordinates, artists = self.coordinates(k), self.subject.artists
         return calibration.fit(
             coordinates[rows],
@@ -169,11 +189,23 @@ class Space:
             kind == "scale only",
         )
 
-    def kinds(self, rows: np.ndarray) -> tuple[str, ...]:
-        """The calibrations that the calibration LoRAs ``rows`` allow."""
-        artists = self.subject.artists
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The calibrations that there are LoRAs for."""
+        if not self.size:
+            return ()
+        artists, rows = self.subject.artists, self.subject.rows("calibration")
         both = len(set(artists[rows].tolist()) & set(artists[self.train].tolist()))
-        return CALIBRATIONS if both > 1 else CALIBRATIONS[:1]
+        return CALIBRATIONS if both > 1 else ("none", UNLABELLED)
+
+    @cached_property
+    def unlabelled(self) -> int:
+        """The number of components that is chosen without labels."""
+        if self.fitted is None:
+            return 0
+        views = list(self.fitted.views.values())
+        chosen = selection.choose(self.fitted.eigenvalues, self.fitted.vectors, views)
+        return min(chosen.count, self.size)
 
 
 def judged(
@@ -212,10 +244,10 @@ def combinations(subject: Subject, settings: Settings) -> dict[str, tuple[str, .
     return {"all": have, **alone}
 
 
-def grid(asked: Sequence[int], size: int, unlabelled: int) -> list[int]:
-    """The numbers of components to try, at most ``size``: those asked for, or GRID and one more."""
-    found = {k for k in (asked or (*GRID, unlabelled)) if 1 <= k <= size}
-    return sorted(found or {size})
+def grid(asked: Sequence[int], space: Space) -> list[int]:
+    """The numbers of components to try: those asked for, or GRID and the one without labels."""
+    found = {k for k in (asked or (*GRID, space.unlabelled)) if 1 <= k <= space.size}
+    return sorted(found or {space.size})
 
 
 def protocol(
@@ -225,15 +257,12 @@ def protocol(
     watch = watch or Silent()
     rows = _without(subject)
     space = Space(subject, subject.rows("train"))
-    kinds = space.kinds(subject.rows("calibration")) if space.size else ()
-    tried = grid(settings.components, space.size, unlabelled(space))
-    watch.stage(f"{subject.feature}, {name}", len(kinds) * len(METRICS), 0)
-    # Training LoRAs are never calibrated: their clusters are found once.
-    trained: dict[tuple[int, str], Clusters | None] = {}
-    for kind in kinds:
-        fixes = {k: space.calibration(kind, k, subject.rows("calibration")) for k in tried}
+    watch.stage(f"{subject.feature}, {name}", len(space.kinds) * len(METRICS), 0)
+    # Most calibrations leave the training LoRAs as they are: their clusters are found once.
+    trained: dict[tuple[Any, ...], Clusters | None] = {}
+    for kind in space.kinds:
         for metric in METRICS:
-            rows += _with(space, settings, kind, metric, fixes, trained)
+            rows += _with(space, settings, kind, metric, trained)
             watch.advance(1, 0)
     return [replace(row, groups=name) for row in rows]
 
@@ -260,20 +289,20 @@ def _with(
     settings: Settings,
     kind: str,
     metric: str,
-    fixes: Mapping[int, Calibration | None],
-    trained: dict[tuple[int, str], Clusters | None],
+    trained: dict[tuple[Any, ...], Clusters | None],
 ) -> list[Row]:
-    """On components: every number of them in ``fixes``, with one calibration and metric."""
+    """On components, every number of them, with one calibration and metric."""
     subject, train = space.subject, space.train
     row = Row("protocol", subject.feature, "", "components", kind, metric)
     found: dict[tuple[int, str], Retrieval | None] = {}
-    placed = {k: space.calibrated(k, fix) for k, fix in fixes.items()}
+    placed = {k: space.placed(kind, k) for k in grid(settings.components, space)}
     for k, rows in placed.items():
         for split in subject.queries:
             asking = subject.rows(split)
             scores = compared(metric, rows[asking], rows[train])
             found[k, split] = judged(subject, asking, train, scores)
-    best = choose({k: found.get((k, "validation")) for k in fixes}, unlabelled(space))
+    validated = {k: found.get((k, "validation")) for k in placed}
+    best = choose(dict.fromkeys(placed) if kind == UNLABELLED else validated, space.unlabelled)
     out = []
     for k, rows in placed.items():
         for split in ("train", *subject.queries):
@@ -281,13 +310,10 @@ def _with(
             one = one.found(found.get((k, split)))
             if metric in PAIRWISE and (settings.every or one.chosen):
                 some = subject.rows(split)
-                if split != "train":
-                    made = _clustered(subject, some, metric, rows, settings)
-                elif (k, metric) in trained:
-                    made = trained[k, metric]
-                else:
-                    made = trained[k, metric] = _clustered(subject, some, metric, rows, settings)
-                one = replace(one, queries=len(some)).clustered(made)
+                key = k, metric, split, kind == UNLABELLED
+                if key not in trained or split != "train":
+                    trained[key] = _clustered(subject, some, metric, rows, settings)
+                one = replace(one, queries=len(some)).clustered(trained[key])
             if one.map is not None or one.ari is not None:
                 out.append(one)
     return out
@@ -311,8 +337,3 @@ def choose(found: Mapping[int, Retrieval | None], unlabelled: int) -> int:
     if not measured:
         return min(found, key=lambda k: (abs(k - unlabelled), k))
     return min(measured, key=lambda k: (-measured[k], k))
-
-
-def unlabelled(space: Space) -> int:
-    """The number of components that the eigenvalues alone suggest."""
-    return min(bend(space.fitted.eigenvalues), space.size) if space.fitted else 0

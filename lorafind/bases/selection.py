@@ -21,11 +21,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Below this many families components cost more than they give; the mean is still taken off.
-FEWEST = 40
 MOST = 128
 #: The share of what groups agree on that may be left outside the kept components.
-LEFT_OVER = 0.10
+LEFT_OVER = 0.05
 #: Fewer views, or views of fewer LoRAs, say too little: cross-attention alone is too noisy a
 #: witness for self-attention.
 VIEWS = 3

@@ -176,7 +176,10 @@ def _fit(
     spaces = {}
     for name, groups in SPACES.items():
         if any(g in styles for g in groups):
-            sample = Sample(styles, layouts[picked], weights[picked])
+            heads = np.isin(
+                np.arange(len(picked)), np.unique(families[picked], return_index=True)[1]
+            )
+            sample = Sample(styles, layouts[picked], weights[picked], heads)
             spaces[name] = fit(sample, groups)
     text = f"{architecture} {SIGNATURE_VERSION} {ids[picked].tolist()} {weights[picked].tolist()}"
     facts = {

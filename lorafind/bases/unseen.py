@@ -20,7 +20,6 @@ from lorafind.bases.protocol import (
     compared,
     grid,
     judged,
-    unlabelled,
 )
 from lorafind.bases.scoring import Subject, centred, plain
 
@@ -72,13 +71,13 @@ def _with(
     subject = space.subject
     validated: dict[int, Retrieval | None] = {}
     rows = []
-    for k in grid(settings.components, space.size, unlabelled(space)):
+    for k in grid(settings.components, space):
         row = Row("unseen", subject.feature, "all", basis, "none", metric, k)
         validated[k] = _ask(space, metric, k, _asking(subject, "validation", who), space.train)
         for split in subject.queries:
             found = _ask(space, metric, k, _asking(subject, split, mine), base)
             rows.append(replace(row, split=split).found(found))
-    best = choose(validated, unlabelled(space))
+    best = choose(validated, space.unlabelled)
     return [replace(row, chosen=row.components == best) for row in rows]
 
 

@@ -13,13 +13,18 @@ import numpy as np
 from lorafind.bases import file as basis_file
 from lorafind.bases.basis import OWN, PUBLISHED, Basis, to_stored
 from lorafind.bases.calibration import Calibration
+from lorafind.bases.collection import unit_rows
 from lorafind.bases.file import BasisFile
+from lorafind.bases.kernel import RCOND
 from lorafind.bases.matrix import Matrix
 from lorafind.bases.problem import BasisProblem
+from lorafind.bases.selection import KEEPS, VIEWED, keeps
 from lorafind.bases.stored import (
+    current,
     embed_all,
     has_seen,
     in_use,
+    load_styles,
     members,
     open_stored,
     records,
@@ -30,6 +35,11 @@ from lorafind.index.progress import Progress, Silent
 from lorafind.index.store import Store
 from lorafind.signatures.constants import SIGNATURE_VERSION
 
+#: What the collection's own basis may be ahead by without being the better one.
+FLATTERED = 0.1
+#: LoRAs on which a basis is tried.
+SAMPLED = 256
+
 if TYPE_CHECKING:
     from lorafind.bases.features import Opened
 
@@ -39,7 +49,9 @@ class Used:
     """What became of :func:`use`.
 
     embedded: how many LoRAs of the index have coordinates in the basis; refused: (path, reason) of
-    the LoRAs of its architecture that have none.
+    the LoRAs of its architecture that have none; kept, own_kept: how much of what one group of
+    layers tells about the others is left in the basis, and in the collection's own
+    (:func:`lorafind.bases.selection.keeps`); None where too few LoRAs or groups can tell.
     """
 
     id: str
@@ -47,6 +59,24 @@ class Used:
     architecture: str
     embedded: int
     refused: list[tuple[str, str]] = field(default_factory=list)
+    kept: float | None = None
+    own_kept: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the basis serves this collection, in a sentence; empty where nothing can tell."""
+        if self.kept is None:
+            return ""
+        told = f"Likeness in one group of layers tells {self.kept:.0%} of what it tells without"
+        if self.own_kept is not None:
+            told += f", in the collection's own basis {self.own_kept:.0%}"
+        # The own basis was fitted to these very LoRAs, which flatters it a little.
+        if self.kept >= KEEPS and (self.own_kept is None or self.kept >= self.own_kept - FLATTERED):
+            return f"{told}: the basis knows the styles of this collection."
+        return (
+            f"{told}: much in this collection is new to the basis, and `lorafind basis use own` "
+            "is likely to answer better."
+        )
 
 
 def open_basis(path: str | os.PathLike[str], store: Store | None = None) -> Basis:
@@ -108,7 +138,41 @@ def use(store: Store, path: str | os.PathLike[str], watch: Progress | None = Non
         store.set_meta(in_use(basis.architecture), basis.id)
     embedded = len(ids) - len(refused)
     name = str(basis.facts["name"])
-    return Used(basis.id, name, basis.architecture, embedded, refused)
+    kept = own_kept = None
+    if basis.feature == "style":
+        own = current(store, basis.architecture, wanted=OWN)
+        kept = kept_by(store, basis, ids, layouts)
+        own_kept = kept_by(store, own, ids, layouts) if own else None
+    return Used(basis.id, name, basis.architecture, embedded, refused, kept, own_kept)
+
+
+def kept_by(store: Store, basis: Basis, ids: np.ndarray, layouts: np.ndarray) -> float | None:
+    """How much of what one group of layers tells about the others is left in a basis over style.
+
+    On a sample of LoRAs that have all groups of the basis's U-Net or transformer; None with fewer
+    than two groups or VIEWED LoRAs. The mean that is taken off first is that of the sample.
+    """
+    space = basis.spaces["model"]
+    if len(space.groups) < 2:
+        return None
+    some = np.unique(np.linspace(0, len(ids) - 1, min(SAMPLED, len(ids))).astype(int))
+    styles = load_styles(store, ids[some])
+    if any(group not in styles for group in space.groups):
+        return None
+    has = np.logical_and.reduce([styles[group].any(1) for group in space.groups])
+    if has.sum() < VIEWED:
+        return None
+    raw, projected = [], []
+    for group in space.groups:
+        rows = unit_rows(styles[group][has])
+        rows -= rows.mean(0)
+        raw.append((rows @ rows.T).astype(np.float64))
+        v = space.components[group].astype(np.float32)
+        found = (rows @ v.T).astype(np.float64)
+        own = np.linalg.pinv(space.grams[group], rcond=RCOND, hermitian=True)
+        found = found @ own.T
+        projected.append(found @ found.T)
+    return keeps(raw, projected)
 
 
 def choose(store: Store, name: str) -> list[str]:

@@ -33,7 +33,7 @@ PANELS: Mapping[str, Sequence[str]] = {
     "Index": ("index", "ls"),
     "Files": ("info", "compare", "whatis"),
     "Search": ("similar", "dupes", "epochs"),
-    "Bases": ("basis", "rebuild-basis"),
+    "Bases": ("basis", "rebuild-basis", "eval"),
 }
 #: command that has commands of its own → what it is for, and their names
 SUBCOMMANDS: Mapping[str, tuple[str, Sequence[str]]] = {

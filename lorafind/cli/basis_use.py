@@ -46,6 +46,8 @@ def use(
         f"{used.name} ({used.id}) is in use for {used.architecture}: {used.embedded} LoRAs "
         f"embedded, {len(used.refused)} left out."
     )
+    if used.verdict:
+        session.sink.note(used.verdict)
     rows = ({"path": path, "reason": reason} for path, reason in used.refused)
     session.sink.rows(COLUMNS, rows)
     return Code.PARTIAL if used.refused else None

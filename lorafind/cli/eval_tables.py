@@ -22,6 +22,7 @@ BASES = {
     ("components", "none"): "PCA",
     ("components", "scale and offset"): "calibrated",
     ("components", "scale only"): "scale only",
+    ("components", "without labels"): "unlabelled",
 }
 _NAMES = (
     Column("feature", "Feature"),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: How a calibration is drawn.
 LINES = {"none": "--", "scale and offset": "-", "scale only": ":"}
+#: Calibrations in plots of results: the two that the paper compares.
+COMPARED = ("none", "scale and offset")
 _SIZE = (7.0, 4.5)
 _DPI = 120
 
@@ -76,7 +78,7 @@ def components(axes: Any, rows: Sequence[Row]) -> bool:
     metric = usual_metric(rows[0].feature) if rows else ""
     for row in rows:
         usual = row.table == "protocol" and row.groups == groups and row.metric == metric
-        if usual and row.components and row.map is not None and row.calibration != "scale only":
+        if usual and row.components and row.map is not None and row.calibration in COMPARED:
             lines[row.split, row.calibration].append((row.components, row.map))
     if {split for split, _ in lines} > {"test", "test_same"}:
         lines = defaultdict(list, {key: at for key, at in lines.items() if key[0] != "test"})
@@ -149,7 +151,7 @@ def drift(axes: Any, rows: Sequence[Row], number: int) -> bool:
             line[row.per_artist] = row
     shown = {s for s, _ in lines if s in ("test_same", "test_diff")} or {"test"}
     for (split, kind), found in lines.items():
-        if split in shown and kind != "scale only":
+        if split in shown and kind in COMPARED:
             points = sorted((size, row.spread) for size, row in found.items())
             told = "calibrated" if kind != "none" else "as it is"
             axes.plot(

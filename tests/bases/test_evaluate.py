@@ -144,14 +144,11 @@ def test_calibration_repairs_the_drift(planted: tuple[np.ndarray, list[Labelled]
     for k, least in ((NUMBER, 15), (40, 30)):
         wanted = {"split": "test", "basis": "components", "metric": "euclidean", "components": k}
         before = only(found, calibration="none", **wanted).map
-        for kind in ("scale and offset", "scale only"):
+        for kind in ("scale and offset", "scale only", "without labels"):
             after = only(found, calibration=kind, **wanted).map
             assert before is not None and after is not None
             assert after > before + least and after > 85
-    scales = Space(whole, whole.rows("train")).calibration(
-        "scale and offset", NUMBER, whole.rows("calibration")
-    )
-    assert scales is not None
+    scales = Space(whole, whole.rows("train")).calibration("scale and offset", NUMBER)
     assert 1 < scales.scale[0] < scales.scale[5]
 
 
@@ -164,13 +161,24 @@ def test_copies_of_training_loras_are_not_calibrated(
     test, train = whole.rows("test")[0], whole.rows("train")[0]
     contents[test] = contents[train]
     space = Space(replace(whole, contents=contents), whole.rows("train"))
-    fix = space.calibration("scale and offset", 5, whole.rows("calibration"))
-    assert fix is not None
-    raw, placed = space.coordinates(5), space.calibrated(5, fix)
+    fix = space.calibration("scale and offset", 5)
+    raw, placed = space.coordinates(5), space.placed("scale and offset", 5)
     np.testing.assert_array_equal(placed[test], raw[test])
     np.testing.assert_array_equal(placed[whole.rows("train")], raw[whole.rows("train")])
     other = whole.rows("test")[1]
     np.testing.assert_allclose(placed[other], fix.scale * raw[other] + fix.offset)
+
+
+def test_calibration_without_labels(planted: tuple[np.ndarray, list[Labelled]]) -> None:
+    rows, labels = planted
+    whole = subject(rows, labels)
+    space = Space(whole, whole.rows("train"))
+    train = of(labels, "train")
+    values = np.linalg.svd(rows[train] - rows[train].mean(0), compute_uv=False)[:-1] ** 2
+    share = ((values - np.median(values)) / values)[:5]
+    raw, placed = space.coordinates(5), space.placed("without labels", 5)
+    np.testing.assert_allclose(placed[train], raw[train] * np.sqrt(share), rtol=1e-6)
+    np.testing.assert_allclose(placed[~train], raw[~train] / np.sqrt(share), rtol=1e-6)
 
 
 def test_artists_that_the_basis_has_not_seen() -> None:
@@ -233,6 +241,8 @@ def test_without_validation_the_eigenvalues_choose(
     relabelled = [replace(o, split=o.split.replace("validation", "train")) for o in labels]
     found = protocol(subject(rows, relabelled), Settings())
     (chosen,) = {r.components for r in found if r.basis == "components" and r.chosen}
+    whole = subject(rows, relabelled)
+    assert chosen == Space(whole, whole.rows("train")).unlabelled
     assert 6 <= chosen <= 14
     assert not [r for r in found if r.split == "validation"]
 
@@ -243,7 +253,7 @@ def test_without_calibration_loras_there_is_none(
     rows, labels = planted
     relabelled = [replace(o, split=o.split.replace("calibration", "train")) for o in labels]
     found = protocol(subject(rows, relabelled), Settings(components=(5,)))
-    assert {r.calibration for r in found} == {"none"}
+    assert {r.calibration for r in found} == {"none", "without labels"}
 
 
 def test_without_genres_there_are_no_figures_of_genres(

@@ -11,6 +11,7 @@ from lorafind.bases.selection import (
     COMPONENTS_COUNT,
     KEEPS,
     LEFT_OVER,
+    VIEWED,
     Choice,
     bend,
     choose,
@@ -134,20 +135,23 @@ def test_where_the_bend_has_the_styles_the_groups_add_nothing() -> None:
 
 
 def test_loras_that_lack_a_group_are_no_witnesses() -> None:
-    artists = np.repeat(np.arange(30), 2)
-    x = rows(artists, 0.6, 3)
+    x = rows(np.repeat(np.arange(10), 10), 0.6, 4)
     x[2][::3] = 0.0
     values, vectors, views = fitted(x)
     has = np.diag(views[2]) > 0
-    count = choose(values, vectors, views).count
-    inner = [v[np.ix_(has, has)] for v in views]
-    hollow = [v - np.diag(np.diag(v)) for v in inner]
-    at_bend = left_over(hollow, vectors[has, : bend(values)])
-    assert left_over(hollow, vectors[has, :count]) < 0.6 * at_bend
-    # Two views, or too few LoRAs with all groups: the bend alone.
+    assert choose(values, vectors, views).count == bend(values)
+    # What their other groups say is not asked: noise in its place changes nothing.
+    noise = np.random.default_rng(0).normal(size=(100, 100)) * ~np.outer(has, has)
+    loud = [v + noise + noise.T + 99 * np.diag(~has) for v in views[:2]] + [views[2]]
+    assert choose(values, vectors, loud).count == bend(values)
+
+
+def test_too_few_views_or_loras_leave_it_to_the_bend() -> None:
+    values, vectors, views = fitted(rows(np.repeat(np.arange(30), 2), 0.6, 3))
+    assert choose(values, vectors, views).count > bend(values)
     assert choose(values, vectors, views[:2]).count == bend(values)
-    few = [np.where(np.arange(60) < 10, v, 0.0) * (np.arange(60) < 10)[:, None] for v in views]
-    assert choose(values, vectors, few).count == bend(values)
+    only = np.outer(np.arange(60) < VIEWED - 1, np.arange(60) < VIEWED - 1)
+    assert choose(values, vectors, [v * only for v in views]).count == bend(values)
 
 
 def test_left_over_against_covariances_of_pairs() -> None:

@@ -1,7 +1,7 @@
 """One run, one table: what lorafind takes against the least that the task could take.
 
-``python -m tests.benchmarks [NAME …]`` runs all of index, reindex, similar, million, dupes and
-memory, or those named; ``--small`` takes a tenth of each size.
+``python -m tests.benchmarks [NAME …]`` runs all of index, reindex, similar, million, dupes,
+memory, rebuild, pca and paper, or those named; ``--small`` takes a tenth of each size.
 """
 
 from __future__ import annotations
@@ -251,7 +251,47 @@ def memory(place: Path, scale: float) -> Iterator[Line]:
         )
 
 
-BENCHMARKS = {f.__name__: f for f in (index, reindex, similar, million, dupes, memory)}
+def rebuild(place: Path, scale: float) -> Iterator[Line]:
+    """A basis from the index's stored signatures."""
+    from tests.benchmarks.planted import GROUPS, fill, settle
+
+    n = int(10_000 * scale)
+    (place / "files").mkdir()
+    fill(place / "x.db", n, place / "files", styles=n, with_identity=False)
+    settle(place / "x.db")
+    command = lorafind("--db", str(place / "x.db"), "rebuild-basis", "--from-index")
+    took, peak = process(*command, "-o", str(place / "b.safetensors"), repeat=1)
+    yield Line(f"rebuild-basis --from-index at {n:,}, whole process", f"{took:.1f} s", "")
+    from lorafind.bases.collection import SAMPLE, unit_rows
+
+    rows = np.random.default_rng(0).integers(-127, 128, (min(n, SAMPLE), 32_768)).astype(np.int8)
+
+    def product() -> None:
+        unit = unit_rows(rows)
+        for _ in GROUPS:
+            unit @ unit.T
+
+    yield Line("… / plain products of the sample", f"{took / timed(product):.1f}", "")
+    yield Line("… peak memory", f"{peak / 2**20:.0f} MiB", "< 1024 MiB")
+
+
+def pca(place: Path, scale: float) -> Iterator[Line]:
+    """Principal components against scikit-learn; see :mod:`tests.benchmarks.pca`."""
+    from tests.benchmarks.pca import pca as run
+
+    yield from run(place, scale)
+
+
+def paper(place: Path, scale: float) -> Iterator[Line]:
+    """θ of 1,512 LoRAs in two passes; see :mod:`tests.benchmarks.pca`."""
+    from tests.benchmarks.pca import paper as run
+
+    yield from run(place, scale)
+
+
+BENCHMARKS = {
+    f.__name__: f for f in (index, reindex, similar, million, dupes, memory, rebuild, pca, paper)
+}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def load(bench: Path, keep: Path | None = None) -> Labelled:
         grams = cosines([bench / row["world"] / row["file"] for row in labels])
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(kept, **grams)
+            np.savez(kept, **grams)  # type: ignore[arg-type]
 
     def column(name: str) -> np.ndarray:
         return np.array([row[name] for row in labels])
@@ -200,9 +200,7 @@ def worth(data: Labelled, scores: np.ndarray, queries: np.ndarray, answers: np.n
     """Mean of mAP *same* and mAP *diff*, percent, over the queries whose artist has an answer."""
     found = []
     for split in ("test_same", "test_diff"):
-        asked = (data.split[queries] == split) & np.isin(
-            data.artist[queries], data.artist[answers]
-        )
+        asked = (data.split[queries] == split) & np.isin(data.artist[queries], data.artist[answers])
         found.append(
             mean_precision(scores[asked], data.artist[queries[asked]], data.artist[answers])
         )

@@ -17,6 +17,7 @@ from tests.benchmarks.study_data import (
     Space,
     centred,
     eigen,
+    mean_precision,
     space,
     views,
     worth,
@@ -273,6 +274,7 @@ def rules_table(data: Labelled, fitted_share: float = 1.0, all_rules: bool = Tru
             f"{name:28s} {column.mean():.1f} {(column - best).mean():6.1f}  "
             f"{(column - best).min():6.1f}  {(column - flat).min():8.1f}         | "
             + " | ".join(f"{table[p][name]:.1f}" for p in shown)
+            + (f"   worst to mean alone: {list(table)[int((column - flat).argmin())]}")
         )
 
 
@@ -303,8 +305,6 @@ def worlds_table(data: Labelled) -> None:
 
 def worth_of(data: Labelled, scores: np.ndarray, queries: np.ndarray, answers: np.ndarray) -> float:
     """mAP over all queries, percent."""
-    from tests.benchmarks.study_data import mean_precision
-
     return mean_precision(scores, data.artist[queries], data.artist[answers])
 
 

@@ -62,7 +62,7 @@ def test_one_long_table(folder: Path) -> None:
     } | {
         (feature, "components", kind, metric, k)
         for feature in ("style", "theta")
-        for kind in ("none", "scale and offset", "scale only")
+        for kind in ("none", "scale and offset", "scale only", "without labels")
         for metric in ("cosine", "euclidean", "csls", "csls within")
         for k in (3, 6)
     }

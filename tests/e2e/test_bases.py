@@ -235,6 +235,27 @@ def test_features_of_files_are_read_again(place: Path, tmp_path: Path, feature: 
     np.testing.assert_allclose(parts_of_file(basis, str(target))[0], row, atol=1e-5)
 
 
+def test_a_basis_of_other_styles_is_told_from_one_of_these(place: Path, tmp_path: Path) -> None:
+    db, path = tmp_path / "i.db", tmp_path / "b.safetensors"
+    shutil.copyfile(place / "i.db", db)
+    verdicts = {}
+    for name, artists in (("all", "3ceclo"), ("some", "3c")):
+        rows = [
+            f"{world}/{p.name},{artist_of(p)},train"
+            for world in ("thin", "wild")
+            for p in sorted((place / world).iterdir())
+            if p.name[0] in artists
+        ]
+        table = place / f"{name}.csv"
+        table.write_text("\n".join(["file,artist,split", *rows]))
+        run(place, "rebuild-basis", "--from-index", "--labels", table, "-o", path)
+        verdicts[name] = use(db, path)
+    assert "knows the styles" in verdicts["all"].verdict
+    assert "own` is likely" in verdicts["some"].verdict
+    assert verdicts["some"].kept < 0.97 < 1.0 < verdicts["all"].kept
+    assert verdicts["all"].own_kept == pytest.approx(verdicts["some"].own_kept)
+
+
 def test_projection_of_files_is_the_dense_product(place: Path, tmp_path: Path) -> None:
     from lorafind.bases.features import open_feature
 
