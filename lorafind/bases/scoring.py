@@ -100,8 +100,10 @@ def centred(subject: Subject, means_of: np.ndarray) -> np.ndarray:
             continue
         rows, index, _ = averaging(subject.layouts, counted, present & (counted > 0))
         which = [index.get(layout, 0) for layout in subject.layouts.tolist()]
-        off = (np.eye(n) - rows[which]) * present[:, None]
-        total += subject.weights[group] ** 2 * (off @ gram @ off.T)
+        # ⟨x − μ, y − ν⟩ = ⟨x, y⟩ − ⟨μ, y⟩ − ⟨x, ν⟩ + ⟨μ, ν⟩.
+        along = rows @ gram
+        moved = gram - along[which] - along[which].T + (along @ rows.T)[np.ix_(which, which)]
+        total += subject.weights[group] ** 2 * moved * np.outer(present, present)
     return _normed(total)
 
 

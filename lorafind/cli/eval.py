@@ -167,6 +167,8 @@ def eval(
     from lorafind.bases.protocol import PAIRWISE, Settings
     from lorafind.signatures.device import choose
 
+    if session.sink.mode is Mode.PATHS:
+        raise typer.BadParameter("eval has no paths to write", param_hint="'-0'")
     asked = tuple(dict.fromkeys(_words(features)))
     if unknown := [name for name in asked if name not in FEATURES]:
         raise typer.BadParameter(f"{unknown[0]!r} is no feature; choose from {', '.join(FEATURES)}")

@@ -167,9 +167,10 @@ def _retrieval(rows: Sequence[Row], full: bool) -> Table:
     title = (
         "Retrieval, percent. mAP: over the whole ranking. mAP@R (the paper's): over the hits "
         "within the first R answers, R the LoRAs of the artist in the data base. R@R: share of "
-        "them that is found there. genre: of the first 10."
+        "them that is found there. genre: share of the query's among the first 10. calibrated, "
+        "scale only: from the calibration LoRAs. unlabelled: as `similar` does it, k and all."
     )
-    title += " *: best k on validation." if full else " k: best on validation."
+    title += " *: best k on validation." if full else " Other k: best on validation."
     return Table(title, (*_NAMES, *mark, *columns), made)
 
 

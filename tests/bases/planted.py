@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from lorafind.bases.evaluate import subject_of
+from lorafind.bases.kernel import Kernel
 from lorafind.bases.labels import Labelled
+from lorafind.bases.protocol import Row
+from lorafind.bases.scoring import Subject
 from tests.formats import writers
 
 #: LoRAs per artist.
@@ -86,3 +91,28 @@ def collection(folder: Path, uniform: bool, artists: int = 5, each: int = 12) ->
             dtype = torch.float32 if uniform else _DTYPES[number % len(_DTYPES)]
             saved = {key: t.to(dtype).contiguous() for key, t in tensors.items()}
             save_file(saved, place / f"lora-{artist}-{number:02}.safetensors")
+
+
+def subject(rows: np.ndarray, labels: Sequence[Labelled], feature: str = "delta") -> Subject:
+    """The vectors as a feature of one group."""
+    n = len(rows)
+    kernel = Kernel({"other": rows @ rows.T}, {"other": np.ones(n, bool)})
+    contents = [str(one.path) for one in labels]
+    return subject_of(feature, kernel, labels, np.zeros(n, int), contents)
+
+
+def only(rows: Sequence[Row], **wanted: object) -> Row:
+    """The one row with these fields."""
+    (found,) = [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
+    return found
+
+
+def of(labels: Sequence[Labelled], split: str) -> np.ndarray:
+    """n bools: which are of a split."""
+    return np.array([one.split == split for one in labels])
+
+
+def mean_precision(scores: np.ndarray, asking: np.ndarray, base: np.ndarray) -> float:
+    """mAP in percent, by scikit-learn; asking, base: artists."""
+    each = [average_precision_score(base == a, s) for a, s in zip(asking, scores, strict=True)]
+    return 100 * float(np.mean(each))

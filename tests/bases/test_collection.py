@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lorafind.bases.basis import Basis, from_stored, to_stored
 from lorafind.bases.collection import (
     WEIGHTS,
     Sample,
@@ -135,3 +136,43 @@ def test_pure_noise_keeps_the_fewest_components_or_nearly() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(100, 30_000))
     assert bend(np.linalg.svd(x - x.mean(0), compute_uv=False)[:-1] ** 2) <= 10
+
+
+def test_fitted_and_fresh_loras_are_brought_to_one_scale() -> None:
+    """A LoRA of the fit is multiplied by √ρ, any other by 1/√ρ, before its length is made 1."""
+    sample = made()
+    space = fit(sample, GROUPS)
+    assert space.choice is not None
+    np.testing.assert_allclose(space.choice.fitted * space.choice.fresh, 1.0, rtol=1e-12)
+    assert (space.choice.fitted < 1).all()
+    basis = Basis("own", "sd1", {}, {"model": space})
+    assert basis.distinguishes and "seen" in (basis.record.names or ())
+    parts = basis.parts(sample.styles, sample.layouts)
+    seen = np.arange(N) % 2 == 0
+    got = basis.vectors(parts, GROUPS, seen)
+    raw = coordinates(space, parts.reshape(N, len(GROUPS), -1).astype(np.float64), GROUPS)
+    raw *= np.where(seen[:, None], space.choice.fitted, space.choice.fresh)
+    np.testing.assert_allclose(got, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=1e-12)
+    again = from_stored(to_stored(basis))
+    np.testing.assert_allclose(again.vectors(parts, GROUPS, seen), got, atol=1e-6)
+
+
+def test_copies_do_not_bear_witness_for_components() -> None:
+    """Copies agree in every group, and in their noise: they must not raise the number kept."""
+    rng = np.random.default_rng(0)
+    count, artist = 45, np.arange(45) % 15
+    shared = {g: rng.normal(size=(15, 3000))[artist] for g in GROUPS}
+    styles = {
+        g: np.clip(25 * (0.3 * shared[g] + rng.normal(size=(count, 3000))), -127, 127).astype(
+            np.int8
+        )
+        for g in GROUPS
+    }
+    alone = fit(Sample(styles, np.zeros(count, int), np.ones(count)), GROUPS)
+    doubled = np.arange(0, count, 3)
+    twice = np.concatenate([np.arange(count), doubled])
+    weights = np.where(np.isin(twice, doubled), 0.5, 1.0)
+    rows = {g: style[twice] for g, style in styles.items()}
+    heads = np.arange(len(twice)) < count
+    copies = fit(Sample(rows, np.zeros(len(twice), int), weights, heads), GROUPS)
+    assert copies.size == alone.size == 15

@@ -256,6 +256,7 @@ def test_bad_files_are_named(folder: Path, tmp_path: Path) -> None:
         (("--components", "0"), 2, "whole numbers"),
         (("--weights", "cross"), 2, "pairs like cross=0.7"),
         (("--weights", "cross=-1"), 2, "numbers from 0 on"),
+        (("-0",), 2, "eval has no paths to write"),
         (("--metric", "csls"), 2, "cosine, euclidean"),
         (("--device", "tpu"), 2, "unknown device 'tpu'"),
         (("--images", "x", "--images-original", "y"), 2, "--images stands alone"),
