@@ -20,7 +20,7 @@ class Checkpoint:
     """Sums of Gram matrices and how many tiles of components are written.
 
     A state of another fingerprint, or one that cannot be read, counts as none. fingerprint: what
-    the numbers are a function of (:class:`lorafind.bases.matrix.Matrix`).
+    the numbers are a function of (:class:`lorafind.features.matrix.Matrix`).
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:

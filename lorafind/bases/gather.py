@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from lorafind.bases.collection import SAMPLE
-from lorafind.bases.features import open_feature, parse_groups
 from lorafind.bases.judge import Material
 from lorafind.bases.labels import Labelled, read_labels, with_splits
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.sketches import from_store
-from lorafind.bases.sources import Refusal
 from lorafind.bases.stored import members
+from lorafind.features.opening import open_feature, parse_groups
+from lorafind.features.sketches import from_store
+from lorafind.features.sources import Refusal
 from lorafind.index.classes import kinds
 from lorafind.index.progress import Progress, Silent
 from lorafind.index.store import Store
@@ -27,8 +27,8 @@ HELD = 512
 
 @dataclass(frozen=True)
 class Wanted:
-    """feature: one of ``features.FEATURES``; groups: words, none for the U-Net or transformer;
-    architecture: empty for the most frequent; seed: of splits where none are named."""
+    """feature: one of ``FEATURES`` of ``features/opening.py``; groups: words, none for the U-Net or
+    transformer; architecture: empty for the most frequent; seed: of splits where none are named."""
 
     feature: str = "style"
     groups: Sequence[str] = ()

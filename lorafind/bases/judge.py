@@ -16,8 +16,8 @@ from lorafind.bases.calibration import Calibration
 from lorafind.bases.collection import bend
 from lorafind.bases.kernel import Fitted, Kernel
 from lorafind.bases.labels import Labelled, queries
-from lorafind.bases.matrix import Matrix
 from lorafind.bases.metrics import mean_average_precision
+from lorafind.features.matrix import Matrix
 
 METRICS = ("cosine", "euclidean")
 FIGURES = ("plain", "cosine", "cosine_calibrated", "euclidean", "euclidean_calibrated")
@@ -52,7 +52,7 @@ class Material:
 
     labels: one each, None without labels; layouts: ids into ``digests``; weights: how much each
     counts in means and components; frame: what the vectors of theta and canonical look like
-    (:class:`lorafind.bases.theta.Frame`, as JSON).
+    (:class:`lorafind.features.theta.Frame`, as JSON).
     """
 
     matrix: Matrix

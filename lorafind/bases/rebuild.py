@@ -22,8 +22,8 @@ from lorafind.bases.checkpoint import Checkpoint
 from lorafind.bases.collection import WEIGHTS
 from lorafind.bases.judge import FIGURES, Judge, Line, Material, Settings
 from lorafind.bases.kernel import Fitted, Kernel
-from lorafind.bases.matrix import Matrix
 from lorafind.bases.problem import BasisProblem
+from lorafind.features.matrix import Matrix
 from lorafind.index.progress import Progress, Silent
 from lorafind.signatures.constants import SIGNATURE_VERSION
 

@@ -16,7 +16,6 @@ from lorafind.bases.calibration import Calibration
 from lorafind.bases.collection import unit_rows
 from lorafind.bases.file import BasisFile
 from lorafind.bases.kernel import RCOND
-from lorafind.bases.matrix import Matrix
 from lorafind.bases.problem import BasisProblem
 from lorafind.bases.selection import KEEPS, VIEWED, keeps
 from lorafind.bases.stored import (
@@ -29,6 +28,7 @@ from lorafind.bases.stored import (
     open_stored,
     records,
 )
+from lorafind.features.matrix import Matrix
 from lorafind.formats import groups as group_bits
 from lorafind.index.classes import kinds
 from lorafind.index.progress import Progress, Silent
@@ -41,7 +41,7 @@ FLATTERED = 0.1
 SAMPLED = 256
 
 if TYPE_CHECKING:
-    from lorafind.bases.features import Opened
+    from lorafind.features.opening import Opened
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,8 @@ def parts_of_file(basis: Basis, path: str) -> np.ndarray:
 
 
 def _open(basis: Basis, paths: list[str], watch: Progress) -> Opened:
-    from lorafind.bases.features import open_feature
-    from lorafind.bases.theta import Frame
+    from lorafind.features.opening import open_feature
+    from lorafind.features.theta import Frame
 
     frame = basis.facts.get("frame")
     opened = open_feature(

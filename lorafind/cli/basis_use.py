@@ -20,8 +20,7 @@ def use(
     name: Annotated[
         str,
         typer.Argument(
-            help="own (the collection's), a basis of the index, a file, or "
-            "hf:owner/name@revision."
+            help="own (the collection's), a basis of the index, a file, or hf:owner/name@revision."
         ),
     ],
     offline: Annotated[

@@ -15,10 +15,10 @@ from lorafind.cli.output import Column, Mode, console
 from lorafind.cli.watch import Watch
 
 if TYPE_CHECKING:
-    from lorafind.bases.baselines import Pictures
-    from lorafind.bases.evaluate import Report
+    from lorafind.evaluation.baselines import Pictures
+    from lorafind.evaluation.run import Report
 
-#: The columns of the long table; see :class:`lorafind.bases.protocol.Row`.
+#: The columns of the long table; see :class:`lorafind.evaluation.protocol.Row`.
 COLUMNS = tuple(
     Column(name, name, digits=4)
     for name in (
@@ -162,9 +162,9 @@ def eval(
     validation and test. A terminal gets tables, every other output one long table with a row per
     combination and split; figures are percent.
     """
-    from lorafind.bases.evaluate import Wishes, evaluate
-    from lorafind.bases.features import FEATURES
-    from lorafind.bases.protocol import PAIRWISE, Settings
+    from lorafind.evaluation.protocol import PAIRWISE, Settings
+    from lorafind.evaluation.run import Wishes, evaluate
+    from lorafind.features.opening import FEATURES
     from lorafind.signatures.device import choose
 
     if session.sink.mode is Mode.PATHS:
@@ -228,7 +228,7 @@ def _words(text: str) -> list[str]:
 
 
 def _combinations(text: str) -> Mapping[str, Sequence[str]]:
-    from lorafind.bases.features import parse_groups
+    from lorafind.features.opening import parse_groups
 
     try:
         return {name: parse_groups(name.split("+")) for name in _words(text)}
@@ -244,7 +244,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _weights(text: str) -> dict[str, float]:
-    from lorafind.bases.features import parse_groups
+    from lorafind.features.opening import parse_groups
 
     found: dict[str, float] = {}
     for word in _words(text):
@@ -263,7 +263,7 @@ def _weights(text: str) -> dict[str, float]:
 def _pictures(
     images: Path | None, original: Path | None, generated: Path | None, encoders: Sequence[str]
 ) -> Pictures | None:
-    from lorafind.bases.baselines import Pictures
+    from lorafind.evaluation.baselines import Pictures
 
     given = {"pictures": images, "original": original, "generated": generated}
     folders = {kind: folder for kind, folder in given.items() if folder is not None}

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lorafind.bases.protocol import PAIRWISE, Row, usual_metric
 from lorafind.cli.output import Column
+from lorafind.evaluation.protocol import PAIRWISE, Row, usual_metric
 
 #: split → heading.
 SPLITS = {

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.protocol import usual_metric
+from lorafind.evaluation.protocol import usual_metric
 
 if TYPE_CHECKING:
-    from lorafind.bases.evaluate import Report, Sight
-    from lorafind.bases.protocol import Row
+    from lorafind.evaluation.protocol import Row
+    from lorafind.evaluation.run import Report, Sight
 
 #: How a calibration is drawn.
 LINES = {"none": "--", "scale and offset": "-", "scale only": ":"}

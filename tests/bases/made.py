@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lorafind.bases.matrix import Matrix
+from lorafind.features.matrix import Matrix
 
 
 class Dense(Matrix):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorafind.bases import kernel
-from lorafind.bases.matrix import Matrix
+from lorafind.features.matrix import Matrix
 
 if TYPE_CHECKING:
     from tests.benchmarks.__main__ import Line

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from lorafind.bases.protocol import Row
 from lorafind.cli.app import Group, make_app
 from lorafind.cli.eval import COLUMNS
 from lorafind.cli.eval_tables import tables
-from tests.bases.planted import collection
+from lorafind.evaluation.protocol import Row
+from tests.evaluation.planted import collection
 
 
 class EvalGroup(Group):

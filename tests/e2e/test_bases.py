@@ -257,7 +257,7 @@ def test_a_basis_of_other_styles_is_told_from_one_of_these(place: Path, tmp_path
 
 
 def test_projection_of_files_is_the_dense_product(place: Path, tmp_path: Path) -> None:
-    from lorafind.bases.features import open_feature
+    from lorafind.features.opening import open_feature
 
     labels = sorted((place / "thin").glob("*.safetensors"))[:10]
     opened = open_feature("theta", labels)

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorafind.bases.calibration import artist_means
-from lorafind.bases.protocol import Row, Settings, Space, grid
-from lorafind.bases.scoring import Subject
+from lorafind.evaluation.protocol import Row, Settings, Space, grid
+from lorafind.evaluation.scoring import Subject
 from lorafind.index.progress import Progress, Silent
 
 #: LoRAs of every artist in the parts of the training set; the last part is all of it.

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lorafind.bases.matrix import Matrix
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.sources import Refusal, Source, told
+from lorafind.features.matrix import Matrix
+from lorafind.features.sources import Refusal, Source, told
 from lorafind.files import sidecars
 from lorafind.files.outcome import NotAnAdapter
 from lorafind.files.safetensors import DTYPE_BITS, Header, Opened, TensorInfo, read_header

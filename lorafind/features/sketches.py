@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lorafind.bases.matrix import Matrix
 from lorafind.bases.stored import by_group, load_styles
+from lorafind.features.matrix import Matrix
 from lorafind.formats.groups import GROUPS
 from lorafind.formats.groups import names as group_names
 from lorafind.index.rows import StoredSignature

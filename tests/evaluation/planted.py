@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from lorafind.bases.evaluate import subject_of
 from lorafind.bases.kernel import Kernel
 from lorafind.bases.labels import Labelled
-from lorafind.bases.protocol import Row
-from lorafind.bases.scoring import Subject
+from lorafind.evaluation.protocol import Row
+from lorafind.evaluation.run import subject_of
+from lorafind.evaluation.scoring import Subject
 from tests.formats import writers
 
 #: LoRAs per artist.

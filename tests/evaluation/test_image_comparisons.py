@@ -7,8 +7,8 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.metrics.pairwise import cosine_similarity
 
-from lorafind.bases.images import Features, embedding_similarity, scenarios
 from lorafind.bases.problem import BasisProblem
+from lorafind.evaluation.images import Features, embedding_similarity, scenarios
 
 
 def features(seed: int, names: list[str], width: int = 7) -> Features:

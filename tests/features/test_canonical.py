@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafind.bases.canonical import canonical
-from lorafind.bases.features import Opened, open_feature
 from lorafind.bases.problem import BasisProblem
+from lorafind.features.canonical import canonical
+from lorafind.features.opening import Opened, open_feature
 from lorafind.formats.groups import GROUPS
 from tests.search.made_files import LAYERS, make, write
 

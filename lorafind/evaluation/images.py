@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafind.bases import imagecache
-from lorafind.bases.encoders import Encoder, open_encoder
-from lorafind.bases.imagecache import Key
 from lorafind.bases.problem import BasisProblem
+from lorafind.evaluation import imagecache
+from lorafind.evaluation.encoders import Encoder, open_encoder
+from lorafind.evaluation.imagecache import Key
 from lorafind.index.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ def image_features(
 ) -> Features:
     """The mean image feature of every LoRA in ``names`` that has images under ``folder``.
 
-    encoder: as for :func:`lorafind.bases.encoders.open_encoder`, or an opened one (its device then
-    counts); names: file names of LoRAs without suffix, or ``<artist>/<name>`` where two artists
+    encoder: as for :func:`lorafind.evaluation.encoders.open_encoder`, or an opened one (its device
+    then counts); names: file names of LoRAs without suffix, or ``<artist>/<name>`` where two artists
     have the same; cache: a folder, made where it is missing, in which features are kept between
     runs, also when this one is interrupted; watch: told of the images that are not in it.
 

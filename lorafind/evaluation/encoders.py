@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafind.bases.csd import PICKLES, load_csd
 from lorafind.bases.problem import BasisProblem
+from lorafind.evaluation.csd import PICKLES, load_csd
 
 if TYPE_CHECKING:
     from PIL.Image import Image

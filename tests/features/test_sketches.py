@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafind.bases import sketches
-from lorafind.bases.features import open_feature
+from lorafind.features import sketches
+from lorafind.features.opening import open_feature
 from lorafind.formats.groups import GROUPS
 from lorafind.index.build import build
 from lorafind.index.store import Store

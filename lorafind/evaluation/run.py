@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafind.bases import baselines
-from lorafind.bases.baselines import Pictures
 from lorafind.bases.checkpoint import Checkpoint
-from lorafind.bases.drift import drift
-from lorafind.bases.features import Opened, open_feature
 from lorafind.bases.kernel import Kernel
 from lorafind.bases.labels import Labelled, read_labels, with_splits
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.protocol import (
+from lorafind.bases.rebuild import group_weights, inner_products
+from lorafind.evaluation import baselines
+from lorafind.evaluation.baselines import Pictures
+from lorafind.evaluation.drift import drift
+from lorafind.evaluation.protocol import (
     DIRECTIONS,
     Row,
     Settings,
@@ -28,13 +28,13 @@ from lorafind.bases.protocol import (
     protocol,
     usual_metric,
 )
-from lorafind.bases.rebuild import group_weights, inner_products
-from lorafind.bases.scoring import Subject
-from lorafind.bases.unseen import unseen
+from lorafind.evaluation.scoring import Subject
+from lorafind.evaluation.unseen import unseen
+from lorafind.features.opening import Opened, open_feature
 from lorafind.index.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from lorafind.bases.images import Features
+    from lorafind.evaluation.images import Features
 
 #: What is evaluated unless told otherwise.
 FEATURES = ("style", "delta", "theta", "canonical")
@@ -45,7 +45,7 @@ class Wishes:
     """What to evaluate.
 
     labels: a CSV file, None for ``labels.csv`` or sub-folders; features: names of
-    :data:`lorafind.bases.features.FEATURES`; weights: ω of groups in place of the usual ones for
+    :data:`lorafind.features.opening.FEATURES`; weights: ω of groups in place of the usual ones for
     style; layout_means: style is centred on the mean of every layout, as in the index, and not on
     one mean of all; cache: a folder in which inner products are kept, so that an interrupted run
     goes on and a second one need not multiply again; pictures: image features to compare with.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafind.bases.evaluate import Report, Wishes, evaluate
-from lorafind.bases.protocol import Row, Settings
+from lorafind.evaluation.protocol import Row, Settings
+from lorafind.evaluation.run import Report, Wishes, evaluate
 
 WEIGHTS = {"cross_attn": 0.5**0.5}
 GROUPS = {

@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from sklearn.metrics.pairwise import cosine_similarity
 
-from lorafind.bases.encoders import Plain, open_encoder
-from lorafind.bases.images import (
+from lorafind.bases.problem import BasisProblem
+from lorafind.evaluation.encoders import Plain, open_encoder
+from lorafind.evaluation.images import (
     BATCH,
     image_features,
 )
-from lorafind.bases.problem import BasisProblem
 
 SIDE = 32
 #: Shapes of the tiny towers.

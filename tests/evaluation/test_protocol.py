@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from lorafind.bases.drift import drift, part
-from lorafind.bases.evaluate import subject_of
 from lorafind.bases.kernel import Kernel
 from lorafind.bases.labels import Labelled
 from lorafind.bases.metrics import clusters
-from lorafind.bases.protocol import GRID, Settings, Space, combinations, protocol
-from lorafind.bases.scoring import centred
-from lorafind.bases.unseen import unseen
-from tests.bases.planted import mean_precision, of, only, subject, vectors
+from lorafind.evaluation.drift import drift, part
+from lorafind.evaluation.protocol import GRID, Settings, Space, combinations, protocol
+from lorafind.evaluation.run import subject_of
+from lorafind.evaluation.scoring import centred
+from lorafind.evaluation.unseen import unseen
+from tests.evaluation.planted import mean_precision, of, only, subject, vectors
 
 NUMBER = 11
 

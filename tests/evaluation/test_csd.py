@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lorafind.bases.encoders import Plain, open_encoder
 from lorafind.bases.problem import BasisProblem
+from lorafind.evaluation.encoders import Plain, open_encoder
 
 SIDE, PATCH, WIDTH, WIDE, BLOCKS = 32, 8, 128, 96, 2
 NORMAL = Plain(

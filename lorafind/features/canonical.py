@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafind.bases.matrix import Matrix
-from lorafind.bases.sources import Adapters, Refusal, Source, one_thread
-from lorafind.bases.theta import Entry, Frame
+from lorafind.features.matrix import Matrix
+from lorafind.features.sources import Adapters, Refusal, Source, one_thread
+from lorafind.features.theta import Entry, Frame
 from lorafind.formats.adapter import ModulePlan
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafind.bases import delta
-from lorafind.bases.delta import Exact
-from lorafind.bases.features import open_feature
 from lorafind.bases.problem import BasisProblem
+from lorafind.features import delta
+from lorafind.features.delta import Exact
+from lorafind.features.opening import open_feature
 from tests.search.made_files import LAYERS, make, write
 
 UNET = [name for name in LAYERS if name.startswith("unet")]
@@ -107,7 +107,7 @@ def test_products_are_those_of_the_dense_matrices(
     if way == "factors":
         monkeypatch.setattr(delta, "COLUMNS", 50)
     if way == "rows":
-        monkeypatch.setattr("lorafind.bases.matrix.TILE", 100_000)
+        monkeypatch.setattr("lorafind.features.matrix.TILE", 100_000)
     if way == "again":
         monkeypatch.setattr(delta, "HELD", 10_000)
     exact = open_feature("delta exact", paths).matrix
@@ -212,7 +212,7 @@ class Told:
 def test_an_interrupted_gram_goes_on(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     paths, dense = made
     matrix = open_feature("delta exact", paths[:4]).matrix
-    monkeypatch.setattr("lorafind.bases.matrix.TILE", 4 * 4 * 30_000)
+    monkeypatch.setattr("lorafind.features.matrix.TILE", 4 * 4 * 30_000)
     kept = Kept(1)
     with pytest.raises(KeyboardInterrupt):
         matrix.gram("self_attn", saved=kept)

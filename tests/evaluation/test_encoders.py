@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lorafind.bases.encoders import KINDS, open_encoder
 from lorafind.bases.problem import BasisProblem
+from lorafind.evaluation.encoders import KINDS, open_encoder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -48,7 +48,7 @@ def one_image() -> Image.Image:
 
 def test_nothing_heavy_is_imported_before_an_encoder_is_opened() -> None:
     code = (
-        "import sys, lorafind.bases.images\n"
+        "import sys, lorafind.evaluation.images\n"
         "heavy = {'torch', 'transformers', 'PIL', 'huggingface_hub', 'sklearn'}\n"
         "print(*heavy & set(sys.modules))"
     )

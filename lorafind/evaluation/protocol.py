@@ -18,7 +18,7 @@ import numpy as np
 from lorafind.bases import calibration, metrics, selection
 from lorafind.bases.calibration import Calibration
 from lorafind.bases.metrics import Clusters, Retrieval
-from lorafind.bases.scoring import METRICS, Subject, centred, cosines, nearness, plain, unit
+from lorafind.evaluation.scoring import METRICS, Subject, centred, cosines, nearness, plain, unit
 from lorafind.index.progress import Progress, Silent
 
 #: Numbers of components that are tried; 67 and 69 are the paper's choices.
@@ -63,7 +63,7 @@ class Row:
     0 without; chosen: that number is the best on validation (for the calibration without labels:
     it was chosen without them); queries: LoRAs that ask, or that are
     clustered. For drift: per_artist (training LoRAs), spread and distance
-    (:mod:`lorafind.bases.drift`). For images: scenario, and similarity of embeddings.
+    (:mod:`lorafind.evaluation.drift`). For images: scenario, and similarity of embeddings.
     """
 
     table: str

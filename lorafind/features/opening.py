@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorafind.bases.matrix import Matrix
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.sources import Refusal, Source, agree, read_sources
-from lorafind.bases.theta import Frame
+from lorafind.features.matrix import Matrix
+from lorafind.features.sources import Refusal, Source, agree, read_sources
+from lorafind.features.theta import Frame
 from lorafind.formats.groups import GROUPS, mask
 from lorafind.index.progress import Progress, Silent
 
@@ -82,7 +82,7 @@ def open_feature(
     collected = None
     linear = feature == "delta"
     if feature in ("style", "delta"):
-        from lorafind.bases.sketches import Collected
+        from lorafind.features.sketches import Collected
 
         collected = Collected(wanted, linear)
 
@@ -114,17 +114,17 @@ def open_feature(
     if collected is not None:
         matrix = collected.matrix([s.row for s in sources], [s.content for s in sources])
     elif feature == "theta":
-        from lorafind.bases.theta import open_theta
+        from lorafind.features.theta import open_theta
 
         matrix, sources, unfit = open_theta(sources, wanted, frame=frame, pad=pad)
     elif feature == "canonical":
-        from lorafind.bases.canonical import open_canonical
+        from lorafind.features.canonical import open_canonical
 
         matrix, sources, unfit = open_canonical(
             sources, wanted, frame=frame, allow_pickle=allow_pickle
         )
     else:
-        from lorafind.bases.delta import Exact
+        from lorafind.features.delta import Exact
 
         style = feature == "style exact"
         matrix = Exact(sources, wanted, style=style, allow_pickle=allow_pickle)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from lorafind.bases.metrics import Retrieval
-from lorafind.bases.protocol import (
+from lorafind.evaluation.protocol import (
     PAIRWISE,
     Row,
     Settings,
@@ -21,7 +21,7 @@ from lorafind.bases.protocol import (
     grid,
     judged,
 )
-from lorafind.bases.scoring import Subject, centred, plain
+from lorafind.evaluation.scoring import Subject, centred, plain
 
 #: Fewer artists than this on either side say nothing.
 FEWEST = 2

@@ -14,9 +14,9 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score
 
 from lorafind.bases import kernel
-from lorafind.bases.features import FEATURES, open_feature, parse_groups
 from lorafind.bases.kernel import Kernel
 from lorafind.bases.problem import BasisProblem
+from lorafind.features.opening import FEATURES, open_feature, parse_groups
 from lorafind.index.build import build
 from lorafind.index.store import Store
 from tests.search.made_files import LAYERS, make, write

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from lorafind.bases import metrics
-from lorafind.bases.images import Features, embedding_similarity, image_features, scenarios
 from lorafind.bases.labels import Labelled
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.protocol import Row, Space
-from lorafind.bases.scoring import unit
+from lorafind.evaluation.images import Features, embedding_similarity, image_features, scenarios
+from lorafind.evaluation.protocol import Row, Space
+from lorafind.evaluation.scoring import unit
 from lorafind.index.progress import Progress
 
 
@@ -47,7 +47,7 @@ def described(
     watch: Progress,
 ) -> dict[str, Features]:
     """The features of all LoRAs by one encoder, per kind of pictures."""
-    from lorafind.bases.encoders import open_encoder
+    from lorafind.evaluation.encoders import open_encoder
 
     opened = open_encoder(encoder, device)
     names = picture_names(labels)
@@ -109,8 +109,8 @@ def resemblance(
 ) -> list[Row]:
     """The paper's embedding similarity of the training LoRAs: their coordinates and their images.
 
-    The mean over LoRAs of :func:`lorafind.bases.images.embedding_similarity`. tell: gets a sentence
-    where it cannot be had.
+    The mean over LoRAs of :func:`lorafind.evaluation.images.embedding_similarity`. tell: gets a
+    sentence where it cannot be had.
     """
     subject = space.subject
     names = picture_names(subject.labels)

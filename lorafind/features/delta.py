@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafind.bases import matrix
-from lorafind.bases.matrix import Matrix, Saved, add_product
-from lorafind.bases.sources import Adapters, Source, one_thread
+from lorafind.features import matrix
+from lorafind.features.matrix import Matrix, Saved, add_product
+from lorafind.features.sources import Adapters, Source, one_thread
 from lorafind.formats.groups import GROUPS
 from lorafind.index.progress import Progress, Silent
 from lorafind.signatures.features import votes

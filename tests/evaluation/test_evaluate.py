@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorafind.bases.baselines import picture_names, resemblance, retrieved
-from lorafind.bases.evaluate import Report, Wishes, evaluate
-from lorafind.bases.images import Features
 from lorafind.bases.labels import Labelled
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.protocol import Settings, Space
-from tests.bases.planted import collection, mean_precision, of, only, subject, vectors
+from lorafind.evaluation.baselines import picture_names, resemblance, retrieved
+from lorafind.evaluation.images import Features
+from lorafind.evaluation.protocol import Settings, Space
+from lorafind.evaluation.run import Report, Wishes, evaluate
+from tests.evaluation.planted import collection, mean_precision, of, only, subject, vectors
 
 
 def test_images_of_loras() -> None:

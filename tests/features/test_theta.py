@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafind.bases.features import Opened, open_feature
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.theta import Frame, Theta
+from lorafind.features.opening import Opened, open_feature
+from lorafind.features.theta import Frame, Theta
 from lorafind.formats.groups import GROUPS
 from lorafind.formats.names import unet
 from tests.search.made_files import LAYERS, make, write
@@ -125,7 +125,7 @@ def test_two_passes_read_every_byte_twice(shared: Path, monkeypatch: pytest.Monk
     assert isinstance(matrix, Theta)
     assert matrix.payload == payload and matrix.read_bytes == 0
     # Tiles that cut most layers.
-    monkeypatch.setattr("lorafind.bases.matrix.TILE", 4 * len(paths) * 1000)
+    monkeypatch.setattr("lorafind.features.matrix.TILE", 4 * len(paths) * 1000)
     grams = {g: matrix.gram(g) for g in matrix.groups}
     assert matrix.read_bytes == payload
     again = {g: np.concatenate([x for _, x in matrix.walk(g)], 1) for g in matrix.groups}
