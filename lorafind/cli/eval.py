@@ -213,7 +213,7 @@ def _show(session: Session, report: Report, metric: str, full: bool) -> None:
         return
     import sys
 
-    from lorafind.cli.eval_tables import tables
+    from lorafind.report.tables import tables
 
     screen = console(sys.stdout)
     for number, table in enumerate(tables(report.rows, metric, full)):

@@ -36,6 +36,9 @@ def rebuild_basis(
     output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path(
         "basis.safetensors"
     ),
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there.")
+    ] = False,
     from_index: Annotated[
         bool,
         typer.Option(
@@ -138,7 +141,9 @@ def rebuild_basis(
     """
     from lorafind.bases.gather import Wanted, from_folder, gather_index
     from lorafind.bases.judge import Settings
+    from lorafind.bases.problem import BasisProblem
     from lorafind.bases.rebuild import rebuild
+    from lorafind.features.opening import parse_groups
     from lorafind.signatures.device import choose
 
     if (folder is None) != from_index:
@@ -152,8 +157,18 @@ def rebuild_basis(
             raise typer.BadParameter(f"{option} is one of {', '.join(filter(None, known))}")
     if from_index and feature != "style":
         raise typer.BadParameter("the index keeps signatures of style only: name a folder")
-    place = str(choose(device))
-    wanted = Wanted(feature, tuple(g for g in groups.split(",") if g), architecture, seed)
+    words = tuple(word for word in groups.split(",") if word)
+    try:
+        place = str(choose(device))
+        if "text" in parse_groups(words):
+            raise ValueError("a basis is over the U-Net or transformer: leave out text")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not output.absolute().parent.is_dir():
+        raise BasisProblem(f"There is no folder {output.parent} to write {output.name} to.")
+    if output.exists() and not force:
+        raise BasisProblem(f"{output} exists: name another file (-o), or write over it (--force).")
+    wanted = Wanted(feature, words, architecture, seed)
     code = None
     with Watch(session.sink) as watch:
         if folder is None:

@@ -99,9 +99,9 @@ def image_features(
     """The mean image feature of every LoRA in ``names`` that has images under ``folder``.
 
     encoder: as for :func:`lorafind.evaluation.encoders.open_encoder`, or an opened one (its device
-    then counts); names: file names of LoRAs without suffix, or ``<artist>/<name>`` where two artists
-    have the same; cache: a folder, made where it is missing, in which features are kept between
-    runs, also when this one is interrupted; watch: told of the images that are not in it.
+    then counts); names: file names of LoRAs without suffix, or ``<artist>/<name>`` where two
+    artists have the same; cache: a folder, made where it is missing, in which features are kept
+    between runs, also when this one is interrupted; watch: told of the images that are not in it.
 
     At most BATCH prepared images and DECODERS decoded ones are held at a time. Raises BasisProblem
     where the folder is missing, two folders may be meant by one name, or the encoder cannot be

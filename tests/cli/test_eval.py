@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 from lorafind.cli.app import Group, make_app
 from lorafind.cli.eval import COLUMNS
-from lorafind.cli.eval_tables import tables
 from lorafind.evaluation.protocol import Row
+from lorafind.report.tables import tables
 from tests.evaluation.planted import collection
 
 

@@ -240,6 +240,7 @@ def test_a_basis_of_other_styles_is_told_from_one_of_these(place: Path, tmp_path
     shutil.copyfile(place / "i.db", db)
     verdicts = {}
     for name, artists in (("all", "3ceclo"), ("some", "3c")):
+        path.unlink(missing_ok=True)
         rows = [
             f"{world}/{p.name},{artist_of(p)},train"
             for world in ("thin", "wild")
@@ -298,6 +299,15 @@ def test_what_does_not_fit_is_told(place: Path, basis: Path, tmp_path: Path) -> 
         tools.lorafind("rebuild-basis", place, "--feature", "theta", "-o", "t", db=db), 4
     )
     assert "one rank and one layout" in told
+    here = ("rebuild-basis", place, "-o")
+    assert "exists" in tools.one_sentence(tools.lorafind(*here, basis, db=db), 4)
+    assert basis.read_bytes() == data
+    for arguments, said in (
+        ((basis, "--force", "--groups", "nose"), "'nose' is no group"),
+        ((basis, "--force", "--groups", "all"), "leave out text"),
+        ((basis, "--force", "--device", "tpu"), "unknown device 'tpu'"),
+    ):
+        assert said in tools.one_sentence(tools.lorafind(*here, *arguments, db=db), 2)
 
 
 def test_the_library_opens_a_basis_for_queries(place: Path, basis: Path) -> None:
