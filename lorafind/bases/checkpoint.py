@@ -58,9 +58,9 @@ class Checkpoint:
             return 0
         return int(self._state["written"])
 
-    def wrote(self, facts: Mapping[str, Any], done: int) -> None:
-        """So many tiles of components are in the file."""
-        if time.monotonic() - self._kept > EVERY:
+    def wrote(self, facts: Mapping[str, Any], done: int, always: bool = False) -> None:
+        """So many tiles of components are in the file; kept now and then, or ``always``."""
+        if always or time.monotonic() - self._kept > EVERY:
             self._state["facts"] = np.array(json.dumps(facts, sort_keys=True))
             self._state["written"] = np.array(done)
             self._keep()

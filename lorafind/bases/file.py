@@ -127,7 +127,10 @@ def means_of(
 
 
 class Writer:
-    """Writes a basis file piece by piece; it appears under its name when it is whole."""
+    """Writes a basis file piece by piece; it appears under its name when it is whole.
+
+    resumed: what an interrupted run had written of just this basis is still there.
+    """
 
     def __init__(
         self,
@@ -155,10 +158,15 @@ class Writer:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        # Components that an interrupted run has written are kept.
+        head = len(text).to_bytes(8, "little") + text
         self._file = os.open(self.part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-        os.ftruncate(self._file, self._start + end)
-        self._at(0, len(text).to_bytes(8, "little") + text)
+        # Components that an interrupted run has written are kept, if they are of this basis.
+        whole = os.fstat(self._file).st_size == self._start + end
+        self.resumed = whole and os.read(self._file, len(head)) == head
+        if not self.resumed:
+            os.ftruncate(self._file, 0)
+            os.ftruncate(self._file, self._start + end)
+            self._at(0, head)
 
     def _at(self, place: int, data: bytes) -> None:
         os.lseek(self._file, place, os.SEEK_SET)

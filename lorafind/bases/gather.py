@@ -146,7 +146,8 @@ def _labelled(
     if labels is not None:
         for named in read_labels(labels.absolute().parent, labels):
             by_path[os.path.normpath(named.path)] = named
-            by_name.setdefault(named.path.name, []).append(named)
+            if named.path.parent == labels.absolute().parent:
+                by_name.setdefault(named.path.name, []).append(named)
     keep, found = [], []
     for row, lora in enumerate(ids.tolist()):
         for root, single, relative in store.conn.execute(
@@ -160,8 +161,8 @@ def _labelled(
                 label = Labelled(Path(path), os.path.basename(os.path.dirname(path)))
             else:
                 same = by_name.get(os.path.basename(path), [])
-                # A bare name stands for a file only where it is the only one of that name.
-                only = same[0] if len(same) == 1 else None
+                # A bare name stands for a LoRA only where no other has a file of that name.
+                only = same[0] if len(same) == 1 and _alone(store, relative, lora) else None
                 label = by_path.get(os.path.normpath(path), only)
             if label is not None:
                 keep.append(row)
@@ -172,6 +173,15 @@ def _labelled(
             f"{labels} names none of the files in the index: the column file holds paths or names."
         )
     return np.array(keep), found
+
+
+def _alone(store: Store, path: bytes, lora: int) -> bool:
+    """True where no other LoRA of the index has a file of this name."""
+    name = os.path.basename(path)
+    rows = store.conn.execute(
+        "SELECT path FROM files WHERE lora != ? AND substr(path, -length(?2)) = ?2", (lora, name)
+    )
+    return all(os.path.basename(other) != name for (other,) in rows)
 
 
 def _sample(labelled: Sequence[Labelled]) -> np.ndarray:

@@ -102,12 +102,12 @@ class Judge:
         self.artists = np.array([one.artist for one in self.labels])
         self.products, self.weights = products, weights
         self.coordinates, self.train = coordinates, train
-        have = {one.split for one in self.labels}
-        self.splits = [s for s in ("validation", *queries(self.labels)) if s in have]
+        self.splits = [s for s in ("validation", *queries(self.labels)) if len(self.rows(s))]
 
     def rows(self, split: str) -> np.ndarray:
-        """The LoRAs of a split."""
-        return np.flatnonzero([one.split == split for one in self.labels])
+        """The LoRAs of a split; of queries those whose artist trains."""
+        rows = np.flatnonzero([one.split == split for one in self.labels])
+        return rows[np.isin(self.artists[rows], self.artists[self.train])] if len(rows) else rows
 
     def calibration(self, settings: Settings) -> Calibration | None:
         """From the calibration LoRAs of the set-up asked for; None where there are none."""

@@ -225,7 +225,8 @@ def _write(
         shapes[f"mean/{group}"] = np.float32, (matrix.widths[group],)
     writer = file.Writer(output, shapes, facts)
     try:
-        done = checkpoint.written(facts)
+        done = checkpoint.written(facts) if writer.resumed else 0
+        checkpoint.wrote(facts, done, always=True)
         watch.stage("Components", sum(len(matrix.tiles(g)) for g in groups), 0)
         position = 0
         for group in groups:

@@ -37,6 +37,8 @@ COMPONENTS_COUNT = 40
 #: Published components serve a collection if they keep this share of what one view of its LoRAs
 #: tells about the others.
 KEEPS = 0.9
+#: Groups agree on likenesses where these correlate by more than this over pairs of LoRAs.
+AGREE = 0.05
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def left_over(hollow: Sequence[np.ndarray], vectors: np.ndarray) -> float:
     return _agreement(rest) / whole
 
 
-def keeps(raw: Sequence[np.ndarray], projected: Sequence[np.ndarray]) -> float:
+def keeps(raw: Sequence[np.ndarray], projected: Sequence[np.ndarray]) -> float | None:
     """How well likeness in a basis predicts likeness in other groups, against likeness without it.
 
     raw: per view inner products n × n of a collection's LoRAs after the mean; projected: the same
@@ -146,7 +148,8 @@ def keeps(raw: Sequence[np.ndarray], projected: Sequence[np.ndarray]) -> float:
             if i != j:
                 without.append(np.corrcoef(mine[upper], other[upper])[0, 1])
                 with_basis.append(np.corrcoef(projected[i][upper], other[upper])[0, 1])
-    return float(np.mean(with_basis) / np.mean(without))
+    # Where groups do not agree on anything, nothing can be told.
+    return float(np.mean(with_basis) / np.mean(without)) if np.mean(without) > AGREE else None
 
 
 def own_share(families: int) -> float:

@@ -61,15 +61,24 @@ def current(store: Store, architecture: str, light: bool = False, wanted: str = 
     or name of another basis of the index, or ``own``.
     """
     name = wanted or store.get_meta(in_use(architecture), OWN)
-    row = store.conn.execute(
-        "SELECT id FROM bases WHERE architecture = ?1 AND version = ?2 AND "
-        "(id = ?3 OR json_extract(facts, '$.name') = ?3 OR (?3 = ?4 AND kind = ?5)) "
-        "ORDER BY made_ns DESC, id LIMIT 1",
-        (architecture, SIGNATURE_VERSION, name, OWN, COLLECTION),
-    ).fetchone()
+    row = _find(store, architecture, name)
+    if row is None and not wanted:
+        # The one that was chosen is gone, or of another version of the signatures.
+        row = _find(store, architecture, OWN)
     if row is None:
         return None
     return open_stored(store, row[0], light)
+
+
+def _find(store: Store, architecture: str, name: str) -> tuple[str] | None:
+    """The newest basis of an architecture that a name stands for."""
+    found: tuple[str] | None = store.conn.execute(
+        "SELECT id FROM bases WHERE architecture = ?1 AND version = ?2 AND CASE WHEN ?3 = ?4 "
+        "THEN kind = ?5 ELSE id = ?3 OR json_extract(facts, '$.name') = ?3 END "
+        "ORDER BY made_ns DESC, id LIMIT 1",
+        (architecture, SIGNATURE_VERSION, name, OWN, COLLECTION),
+    ).fetchone()
+    return found
 
 
 def knows(store: Store, name: str) -> bool:
@@ -276,11 +285,12 @@ def records(
     made["layout"], made["groups"] = layouts, groups
     if seen is not None and "seen" in (basis.record.names or ()):
         made["seen"] = seen
-    model = SPACES["model"]
+    # A LoRA that has none of the basis's groups keeps a vector of zeros, and is never compared.
+    model = basis.spaces["model"].groups if "model" in basis.spaces else ()
     for bits in np.unique(groups).tolist():
         same = groups == bits
         own = [g for g in group_bits.names(bits) if g in model]
-        if own and "model" in basis.spaces:
+        if own:
             calm = None if seen is None else seen[same]
             made["vector"][same] = basis.vectors(parts[same], own, calm)
     return made

@@ -28,7 +28,6 @@ from lorafind.bases.stored import (
     open_stored,
     records,
 )
-from lorafind.features.matrix import Matrix
 from lorafind.formats import groups as group_bits
 from lorafind.index.classes import kinds
 from lorafind.index.progress import Progress, Silent
@@ -128,6 +127,7 @@ def use(store: Store, path: str | os.PathLike[str], watch: Progress | None = Non
         )
     with store.batch():
         store.put_basis(to_stored(basis))
+        store.set_meta(_left_out(basis.id), [])
         if basis.feature == "style":
             watch.stage(f"Embedding in {basis.facts['name']}", len(ids), 0)
             embed_all(store, basis, ids, layouts)
@@ -271,8 +271,10 @@ def _embed_files(
     Returns (path, reason) of those that cannot be embedded.
     """
     paths = _paths(store, ids.tolist())
-    if not os.path.exists(basis.facts["path"]):
-        return [(path, f"the basis file {basis.facts['path']} is out of reach") for path in paths]
+    try:
+        held = _held(basis)
+    except BasisProblem as error:
+        return [(path, str(error)) for path in paths]
     there = [i for i, path in enumerate(paths) if path and os.path.exists(path)]
     refused = [(path, "the file is out of reach") for path in paths if not os.path.exists(path)]
     if not there:
@@ -280,8 +282,9 @@ def _embed_files(
     try:
         opened = _open(basis, [paths[i] for i in there], watch)
     except BasisProblem as error:
+        _leave_out(store, basis, ids[there])
         return [*refused, *((paths[i], str(error)) for i in there)]
-    parts = project(basis_file.load(basis.facts["path"]), opened.matrix, watch).astype(np.float32)
+    parts = project(held, opened, watch).astype(np.float32)
     rows = np.array(there)[opened.rows]
     groups = np.zeros(len(rows), np.uint8)
     for group, has in opened.matrix.present.items():
@@ -290,10 +293,24 @@ def _embed_files(
     made = records(basis, parts, groups, layouts[rows], seen)
     store.chunks.append_many("embedding", basis.id, ids[rows], made)
     store.chunks.append_many("parts", basis.id, ids[rows], parts)
-    unfit = set(there) - set(rows.tolist())
-    before = store.get_meta(_left_out(basis.id), [])
-    store.set_meta(_left_out(basis.id), [*before, *ids[sorted(unfit)].tolist()])
+    _leave_out(store, basis, ids[sorted(set(there) - set(rows.tolist()))])
     return refused + list(opened.refused)
+
+
+def _leave_out(store: Store, basis: Basis, ids: np.ndarray) -> None:
+    before = store.get_meta(_left_out(basis.id), [])
+    store.set_meta(_left_out(basis.id), sorted({*before, *ids.tolist()}))
+
+
+def _held(basis: Basis) -> BasisFile:
+    """The file of a basis that is not over style; raises BasisProblem where it is another now."""
+    found = basis_file.load(basis.facts["path"])
+    if found.facts["id"] != basis.id:
+        raise BasisProblem(
+            f"{found.path} is no longer the basis {basis.facts['name']} ({basis.id}): "
+            "`lorafind basis use` it again."
+        )
+    return found
 
 
 def parts_of_file(basis: Basis, path: str) -> np.ndarray:
@@ -302,7 +319,7 @@ def parts_of_file(basis: Basis, path: str) -> np.ndarray:
     Raises BasisProblem where the file does not fit the basis.
     """
     opened = _open(basis, [path], Silent())
-    return project(basis_file.load(basis.facts["path"]), opened.matrix).astype(np.float32)
+    return project(_held(basis), opened).astype(np.float32)
 
 
 def _open(basis: Basis, paths: list[str], watch: Progress) -> Opened:
@@ -325,9 +342,12 @@ def _open(basis: Basis, paths: list[str], watch: Progress) -> Opened:
     return opened
 
 
-def project(basis: BasisFile, matrix: Matrix, watch: Progress | None = None) -> np.ndarray:
-    """p_g of the LoRAs of a matrix, n × (groups · k): one pass over the matrix and the file."""
+def project(basis: BasisFile, opened: Opened, watch: Progress | None = None) -> np.ndarray:
+    """p_g of some LoRAs, n × (groups · k): one pass over their feature and over the file."""
     watch = watch or Silent()
+    matrix = opened.matrix
+    place = {digest: 1 + row for row, digest in enumerate(basis.facts["layouts"])}
+    centre_of = np.array([place.get(digest, 0) for digest in opened.digests])[opened.layouts]
     out = np.zeros((matrix.count, len(basis.groups), basis.size))
     for position, group in enumerate(basis.groups):
         if group not in matrix.groups:
@@ -336,6 +356,6 @@ def project(basis: BasisFile, matrix: Matrix, watch: Progress | None = None) -> 
             out[:, position] += block @ basis.columns(group, tile).T
             watch.advance(1, block.nbytes)
         out[:, position] *= basis.facts["weights"][group]
-        out[:, position] -= basis.array(f"centres/{group}")[0]
+        out[:, position] -= basis.array(f"centres/{group}")[centre_of]
         out[~matrix.present[group], position] = 0.0
     return out.reshape(matrix.count, -1)

@@ -139,11 +139,13 @@ def rebuild_basis(
     : 3 : 3 into training, calibration, validation and test. An interrupted run goes on where it
     was.
     """
+    from lorafind.bases.basis import OWN
     from lorafind.bases.gather import Wanted, from_folder, gather_index
     from lorafind.bases.judge import Settings
     from lorafind.bases.problem import BasisProblem
     from lorafind.bases.rebuild import rebuild
     from lorafind.features.opening import parse_groups
+    from lorafind.search.similar import PLAIN
     from lorafind.signatures.device import choose
 
     if (folder is None) != from_index:
@@ -164,6 +166,8 @@ def rebuild_basis(
             raise ValueError("a basis is over the U-Net or transformer: leave out text")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if name in (OWN, PLAIN):
+        raise typer.BadParameter(f"--name {name} stands for another basis already")
     if not output.absolute().parent.is_dir():
         raise BasisProblem(f"There is no folder {output.parent} to write {output.name} to.")
     if output.exists() and not force:
@@ -182,7 +186,7 @@ def rebuild_basis(
                 session.sink.warn(reason)
                 code = Code.PARTIAL
         settings = Settings(
-            name or (folder.resolve().name if folder else material.architecture),
+            name or _name(folder, material.architecture),
             components,
             calibrate,
             scale_only,
@@ -204,3 +208,9 @@ def rebuild_basis(
         session.sink.note(sentence)
     session.sink.rows(COLUMNS, facts["evaluation"])
     return code
+
+
+def _name(folder: Path | None, architecture: str) -> str:
+    found = folder.resolve().name if folder else architecture
+    # These two stand for something else where a basis is named.
+    return f"{found} basis" if found in ("own", "plain", "") else found

@@ -71,6 +71,7 @@ def similar(
     ~likely where the sketches suggest one. Variants: kin that are not shown (--all shows them).
     """
     from lorafind.api import Index
+    from lorafind.bases.problem import BasisProblem
     from lorafind.files.outcome import NotAnAdapter
     from lorafind.index.problem import IndexProblem
     from lorafind.search.similar import Wishes
@@ -95,7 +96,7 @@ def similar(
                     for neighbour in index.similar(asked, wishes):
                         none = False
                         yield neighbour.to_json()
-                except (NotAnAdapter, IndexProblem) as error:
+                except (NotAnAdapter, IndexProblem, BasisProblem) as error:
                     session.sink.warn(str(error))
                     code = Code.PARTIAL
                     continue

@@ -146,7 +146,7 @@ def agree(sources: Sequence[Source]) -> tuple[str, list[Source], list[Refusal]]:
     """
     sources = _joined(sources)
     votes = Counter(kind for s in sources for kind in kinds(s.architecture))
-    most = max(votes, key=lambda kind: (votes[kind], kind))
+    most = min(votes, key=lambda kind: (-votes[kind], kind))
     kept = [s for s in sources if comparable(s.architecture, most)]
     refused = [
         (s.path, f"{s.name} is for {s.architecture}, most of the files are for {most}")

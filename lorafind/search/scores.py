@@ -9,6 +9,7 @@ import numpy as np
 
 from lorafind.bases.basis import COLLECTION, Basis
 from lorafind.bases.collection import SPACES, WEIGHTS
+from lorafind.bases.problem import BasisProblem
 from lorafind.bases.stored import by_group, current, embed, embedded, members
 from lorafind.formats import groups as group_bits
 from lorafind.index.rows import Module, StoredSignature
@@ -63,6 +64,11 @@ def by_basis(
 
     stored: False for a basis that the index does not hold: the LoRAs are embedded as they come.
     """
+    if not stored and basis.feature != "style":
+        raise BasisProblem(
+            f"The basis {basis.facts['name']} is over {basis.feature}, which every file has to be "
+            "read for: `lorafind basis use` it first."
+        )
     parts = _parts(store, basis, query, stored)
     own = set(group_bits.names(query.signature.groups)) & set(basis.groups) & set(wanted)
     seen = _seen(basis, query.content)

@@ -132,9 +132,12 @@ def _score(
 ) -> tuple[Scored, str]:
     """Scores against every LoRA that may be of the same architecture, and what they rest on."""
     found, used = [], []
+    named = isinstance(chosen, str) and chosen not in ("", OWN, PLAIN)
     for architecture in kinds(query.architecture):
         if isinstance(chosen, str):
             basis, stored = _of_index(store, architecture, chosen), True
+            if basis is None and named:
+                continue
         else:
             basis, stored = chosen, False
             if basis.architecture != architecture:
@@ -146,7 +149,8 @@ def _score(
             found.append(plain(store, architecture, query, wanted))
             used.append(PLAIN)
     if not found:
-        assert not isinstance(chosen, str)
+        if isinstance(chosen, str):
+            raise BasisProblem(f"The index has no basis {chosen!r} for {query.architecture}.")
         raise BasisProblem(
             f"The basis {chosen.facts['name']} is for {chosen.architecture}, "
             f"{query.path} is for {query.architecture}."
@@ -164,10 +168,7 @@ def _of_index(store: Store, architecture: str, name: str) -> Basis | None:
     """A basis of the index by id or name; the one in use without a name. None: plain scores."""
     if name == PLAIN:
         return None
-    basis = current(store, architecture, light=True, wanted=name)
-    if basis is None and name and name != OWN:
-        raise BasisProblem(f"The index has no basis {name!r} for {architecture}.")
-    return basis
+    return current(store, architecture, light=True, wanted=name)
 
 
 def _own_family(store: Store, query: Query) -> set[int]:

@@ -212,6 +212,44 @@ def test_a_state_of_other_loras_is_not_used(
     assert other.reads == 24
 
 
+@pytest.mark.parametrize("between", ["another basis", "no part"])
+def test_components_of_another_run_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str, built: tuple[Material, Rebuilt]
+) -> None:
+    monkeypatch.setattr("lorafind.bases.checkpoint.EVERY", 0.0)
+    path, made = tmp_path / "b.safetensors", material()
+    cut = Cut({"ff": dense(made)}, step=500)
+    cut.left = 10
+    broken = replace(made, matrix=cut)
+    with pytest.raises(KeyboardInterrupt):
+        rebuild(broken, path, SETTINGS)
+    part = path.with_name(path.name + ".part")
+    if between == "no part":
+        part.unlink()
+    else:
+        # Broken off before it keeps a state of its own.
+        monkeypatch.setattr("lorafind.bases.checkpoint.EVERY", 1e9)
+        cut.left = 2
+        with pytest.raises(KeyboardInterrupt):
+            rebuild(broken, path, replace(SETTINGS, components=7))
+    cut.left = 10**9
+    rebuild(broken, path, SETTINGS)
+    assert path.read_bytes() == built[1].path.read_bytes()
+
+
+def test_validation_of_artists_that_do_not_train_chooses_nothing(tmp_path: Path) -> None:
+    made = material()
+    assert made.labels is not None
+    labels = [
+        replace(one, artist="stranger") if one.split == "validation" else one for one in made.labels
+    ]
+    without = [replace(one, split="test") if one.split == "validation" else one for one in labels]
+    found = rebuild(replace(made, labels=labels), tmp_path / "b.safetensors", SETTINGS)
+    other = rebuild(replace(made, labels=without), tmp_path / "o.safetensors", SETTINGS)
+    assert found.facts["components"] == other.facts["components"] > 2
+    assert {line.split for line in found.lines} == {"test_same", "test_diff"}
+
+
 def test_too_few_loras_and_missing_folders_are_told(tmp_path: Path) -> None:
     made = material()
     assert made.labels is not None

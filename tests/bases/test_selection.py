@@ -192,9 +192,15 @@ def test_keeps_tells_a_basis_that_knows_the_styles_from_one_that_does_not() -> N
     known = [np.stack([v[artists == a].mean(0) for a in range(12)]).T for v in x]
     others = rows(np.repeat(np.arange(3), 6), 0.5, 60)
     strange = [np.stack([o[6 * a : 6 * a + 6].mean(0) for a in range(3)]).T for o in others]
-    assert keeps(raw, in_basis(known)) > KEEPS
-    assert keeps(raw, in_basis(strange)) < 0.5
+    same, other = keeps(raw, in_basis(known)), keeps(raw, in_basis(strange))
+    assert same is not None and other is not None
+    assert same > KEEPS and other < 0.5
     assert keeps(raw, raw) == pytest.approx(1.0)
+
+
+def test_keeps_says_nothing_where_groups_agree_on_nothing() -> None:
+    noise = [v @ v.T for v in rows(np.arange(60), 0.0, 7)]
+    assert keeps(noise, noise) is None
 
 
 def test_published_components_count_as_forty_loras() -> None:

@@ -186,7 +186,8 @@ class Join:
             inner = self.components @ gram @ self.components.T
             c = x @ gram @ self.components.T @ np.linalg.pinv(inner, rcond=1e-3, hermitian=True)
             projected.append(c @ c.T)
-        return keeps(raw, projected)
+        kept = keeps(raw, projected)
+        return float("nan") if kept is None else kept
 
 
 def joins_table(data: Labelled) -> None:

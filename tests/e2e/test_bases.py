@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import torch as torch_file
 from safetensors.numpy import load_file, save_file
 
 import lorafind
@@ -219,6 +221,10 @@ def test_features_of_files_are_read_again(place: Path, tmp_path: Path, feature: 
         doubled = {key: np.asarray(2 * value) for key, value in load_file(source).items()}
         save_file(doubled, late / f"{source.parent.name}.safetensors")
     tools.index(db, late)
+    with Store.open(db) as store:
+        left_out = store.get_meta(f"left-out:{used.id}")
+        newest = {name: lora for name, lora in store.conn.execute("SELECT path, lora FROM files")}
+    assert (newest[b"wild.safetensors"] in left_out) == (feature == "theta")
     more = near(db, target)
     fitting = {str(late / "thin.safetensors")} | (
         set() if feature == "theta" else {str(late / "wild.safetensors")}
@@ -257,6 +263,92 @@ def test_a_basis_of_other_styles_is_told_from_one_of_these(place: Path, tmp_path
     assert verdicts["all"].own_kept == pytest.approx(verdicts["some"].own_kept)
 
 
+def test_a_lora_without_the_groups_of_a_basis_is_left_out(place: Path, tmp_path: Path) -> None:
+    db, path = tmp_path / "i.db", tmp_path / "b.safetensors"
+    shutil.copyfile(place / "i.db", db)
+    run(place, "rebuild-basis", "--from-index", "--groups", "ff", "-o", path)
+    used = use(db, path)
+    bare = place / "wild" / "lobster-train-07.safetensors"
+    assert str(bare) in {file for file, _ in used.refused}
+    assert all("none of the basis's groups (ff)" in reason for _, reason in used.refused)
+    late = tmp_path / "late"
+    late.mkdir()
+    doubled = {key: np.asarray(2 * value) for key, value in load_file(bare).items()}
+    save_file(doubled, late / "bare.safetensors")
+    tools.index(db, late)
+    found = near(db, place / "thin" / "lobster-train-01.safetensors")
+    assert len(found) == used.embedded - 1 and str(bare) not in found
+
+
+def test_a_basis_over_files_has_to_be_used_first_and_stay(place: Path, tmp_path: Path) -> None:
+    db, path, late = tmp_path / "i.db", tmp_path / "t.safetensors", tmp_path / "late"
+    shutil.copyfile(place / "i.db", db)
+    target = place / "thin" / "lobster-train-01.safetensors"
+    thin: list[str | Path] = [
+        "rebuild-basis",
+        place / "thin",
+        "--labels",
+        tmp_path / "l.csv",
+        "--feature",
+        "theta",
+    ]
+    names = sorted(p.name for p in (place / "thin").iterdir() if p.suffix == ".safetensors")
+    rows = "".join(f"{name},{artist_of(name)}\n" for name in names)
+    labels.write_text("file,artist\n" + rows)
+    run(place, *thin, "-o", path, "--components", "4")
+    with pytest.raises(BasisProblem, match="is over theta"):
+        near(db, target, basis=path)
+    use(db, path)
+    run(place, *thin, "-o", path, "--components", "6", "--force")
+    late.mkdir()
+    for source in (target, place / "wild" / "lobster-train-02.safetensors"):
+        doubled = {key: 2 * value for key, value in torch_file.load_file(source).items()}
+        torch_file.save_file(doubled, late / source.name)
+    # The file is another basis now: nothing is embedded with it, and the query is told.
+    tools.index(db, late)
+    assert str(late / target.name) not in near(db, target)
+    with pytest.raises(BasisProblem, match="is no longer the basis"):
+        near(db, late / target.name)
+
+
+def test_own_is_always_the_collections(place: Path, basis: Path, tmp_path: Path) -> None:
+    db = tmp_path / "i.db"
+    shutil.copyfile(place / "i.db", db)
+    target = place / "thin" / "lobster-train-01.safetensors"
+    before = near(db, target)
+    path = tmp_path / "b.safetensors"
+    data = basis.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    head = data[8 : 8 + length].replace(b'\\"name\\": \\"fonts\\"', b'\\"name\\": \\"own\\"  ')
+    path.write_bytes(data[:8] + head + data[8 + length :])
+    assert file.read_facts(path)["name"] == "own"
+    use(db, path)
+    assert near(db, target) != before
+    use(db, OWN)
+    assert near(db, target) == before
+
+
+def test_a_name_labels_only_the_one_lora_that_has_it(place: Path, tmp_path: Path) -> None:
+    from lorafind.bases.gather import Wanted, gather_index
+
+    sources = sorted((place / "thin").glob("*.safetensors"))[:6]
+    for k, source in enumerate(sources):
+        (tmp_path / f"{k}").mkdir()
+        name = "last.safetensors" if k < 2 else source.name
+        shutil.copy2(source, tmp_path / f"{k}" / name)
+    tools.index(tmp_path / "i.db", *(tmp_path / f"{k}" for k in range(6)))
+    rows = [f"{source.name},by name" for source in sources[2:]]
+    table = tmp_path / "labels.csv"
+    table.write_text("\n".join(["file,artist", "0/last.safetensors,by path", *rows, ""]))
+    with Store.open(tmp_path / "i.db") as store:
+        found = gather_index(store, Wanted(), table)
+        assert found.labels is not None
+        assert sorted(one.artist for one in found.labels) == ["by name"] * 4 + ["by path"]
+        table.write_text("file,artist\nlast.safetensors,anybody\n")
+        with pytest.raises(BasisProblem, match="names none of the files"):
+            gather_index(store, Wanted(), table)
+
+
 def test_projection_of_files_is_the_dense_product(place: Path, tmp_path: Path) -> None:
     from lorafind.features.opening import open_feature
 
@@ -269,7 +361,7 @@ def test_projection_of_files_is_the_dense_product(place: Path, tmp_path: Path) -
     out = tmp_path / "b.safetensors"
     run(place, "rebuild-basis", tmp_path, "--feature", "theta", "-o", out, "--components", "4")
     basis = file.load(out)
-    got = project(basis, opened.matrix).reshape(10, len(basis.groups), 4)
+    got = project(basis, opened).reshape(10, len(basis.groups), 4)
     for k, group in enumerate(basis.groups):
         x = np.concatenate([opened.matrix.columns(group, t) for t in opened.matrix.tiles(group)], 1)
         v, mean = basis.array(f"components/{group}").astype(float), basis.array(f"mean/{group}")
