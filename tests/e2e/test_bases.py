@@ -284,14 +284,8 @@ def test_a_basis_over_files_has_to_be_used_first_and_stay(place: Path, tmp_path:
     db, path, late = tmp_path / "i.db", tmp_path / "t.safetensors", tmp_path / "late"
     shutil.copyfile(place / "i.db", db)
     target = place / "thin" / "lobster-train-01.safetensors"
-    thin: list[str | Path] = [
-        "rebuild-basis",
-        place / "thin",
-        "--labels",
-        tmp_path / "l.csv",
-        "--feature",
-        "theta",
-    ]
+    labels = tmp_path / "l.csv"
+    thin = ("rebuild-basis", place / "thin", "--labels", labels, "--feature", "theta")
     names = sorted(p.name for p in (place / "thin").iterdir() if p.suffix == ".safetensors")
     rows = "".join(f"{name},{artist_of(name)}\n" for name in names)
     labels.write_text("file,artist\n" + rows)
