@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from lorafind.files import sidecars
 from lorafind.files.outcome import NotAnAdapter
 from lorafind.files.safetensors import DTYPE_BITS, FLOATS, Header
-from lorafind.formats import cloneofsimo, configuration, keys, refuse
+from lorafind.formats import cloneofsimo, configuration, keys, prefixes, refuse
 from lorafind.formats.adapter import ModulePlan, Plan
 from lorafind.formats.detect import Detected, Sighting, detect
 from lorafind.formats.families import Form, Scale, find, full
@@ -105,7 +105,7 @@ class _Group:
     """The tensors of one stem. roles: role → tensor; scale: of all of them."""
 
     stem: str
-    module: keys.Module
+    module: prefixes.Module
     roles: dict[str, Stored] = field(default_factory=dict)
     style: str = ""
 
@@ -175,7 +175,7 @@ class _Reader:
     def _enter(self, part: keys.Part, stored: Stored) -> None:
         group = self.groups.get(part.stem)
         if group is None:
-            group = self.groups[part.stem] = _Group(part.stem, keys.name_of(part.stem))
+            group = self.groups[part.stem] = _Group(part.stem, prefixes.name_of(part.stem))
         if part.role in group.roles:
             self.notes.append(f"{stored.key} says again what {group.roles[part.role].key} says")
             return
@@ -250,7 +250,7 @@ class _Reader:
                 role: Stored(key, self.tensors[key].dtype, tuple(self.tensors[key].shape))
                 for role, key in roles.items()
             }
-            group = _Group(f"{part}:{index}", keys.Module("model", str(index), "cloneofsimo"))
+            group = _Group(f"{part}:{index}", prefixes.Module("model", str(index), "cloneofsimo"))
             group.roles.update(stored)
             self.groups[group.stem] = group
             form = find(stored, Scale())
@@ -263,10 +263,10 @@ class _Reader:
             for place_in_list, (group, form) in enumerate(modules):
                 if names is not None:
                     component, _, path = names[place_in_list].partition("/")
-                    module = keys.Module(component, flatten(path), "cloneofsimo")
+                    module = prefixes.Module(component, flatten(path), "cloneofsimo")
                 else:
                     component = {"unet": "unet", "text_encoder": "te"}.get(part, "model")
-                    module = keys.Module(component, f"module_{place_in_list}", "cloneofsimo")
+                    module = prefixes.Module(component, f"module_{place_in_list}", "cloneofsimo")
                 group.module, group.style = module, "cloneofsimo"
                 found.append(self._sight(group, form, "", None))
         return found
@@ -278,8 +278,7 @@ class _Reader:
         for f, entry in zip(found, detected.entries, strict=True):
             s = f.sighting
             if entry is not None:
-                component = entry.owner if entry.owner.startswith("te") else "unet"
-                name = f"{component}/{entry.path}"
+                name = f"{entry.component}/{entry.path}"
                 if not entry.fits(s.shape, s.kind):
                     name += f"[{s.shape[0]}×{s.shape[1]}]"
             else:
@@ -311,7 +310,7 @@ class _Reader:
     def _rest(self, used: set[str]) -> None:
         """What becomes of the keys that no ΔW needs."""
         for key in self.plain:
-            module = keys.name_of(key)
+            module = prefixes.name_of(key)
             self.extras[f"{module.component}/{module.flat}"] = key
         for name, key in self.extras.items():
             self.fates[key] = f"extra:{name}"
@@ -356,7 +355,7 @@ def _component(s: Sighting) -> str:
     """The component of a layer without a table: prefixes differ between writers, names do not."""
     if s.component.startswith("te"):
         return "te" if s.component == "text" else s.component
-    return "unet" if s.flat.startswith(keys.UNET_STARTS) else "model"
+    return "unet" if s.flat.startswith(prefixes.UNET_STARTS) else "model"
 
 
 def _dotted(stem: str) -> str:
@@ -375,8 +374,8 @@ def _spelling(found: list[_Found], detected: Detected) -> str:
         group = f.group
         if group.style in ("cloneofsimo", "diffusers-old", "lora-vit"):
             spelling = group.style
-        elif entry is not None and entry.sgm:
-            spelling = "sgm"
+        elif entry is not None and entry.spelling:
+            spelling = entry.spelling
         else:
             spelling = group.module.writer or STYLES.get(group.style, "bare")
         (text if f.sighting.component.startswith("te") else main)[spelling] += 1

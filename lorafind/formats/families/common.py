@@ -30,7 +30,10 @@ class Form(NamedTuple):
     """A module's ΔW as one family writes it.
 
     roles: those used; shape: (o, n); dims: of the stored weight (4 for a convolution, 0 where the
-    file does not tell); kernel: kh·kw; bind as in ModulePlan.
+    file does not tell); kernel: kh·kw; bind as in ModulePlan. suffix: appended to the canonical
+    name with a dot where this is not the weight's ΔW but something beside it; parameters: True
+    where the numbers are parameters (of a rotation, of a rescaling) and no ΔW, which would need the
+    base weight: they are compared with the like only.
     """
 
     family: str
@@ -40,6 +43,8 @@ class Form(NamedTuple):
     dims: int
     kernel: int
     bind: Callable[[Fetch], Delta]
+    suffix: str = ""
+    parameters: bool = False
 
 
 @dataclass(frozen=True, slots=True)

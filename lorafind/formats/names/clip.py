@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from lorafind.formats.names.places import LAYERS
-from lorafind.formats.names.table import Entry, Index, Shape
+from lorafind.formats.names.table import Entry, Index, Layer, Shape
 
 WIDTHS = {"te1": 768, "te": 1024, "te2": 1280}
 VOCABULARY, POSITIONS = 49408, 77
@@ -39,5 +39,5 @@ def index() -> Index:
     for component in WIDTHS:
         for path, shape, norm in layers(component):
             names = {path, path.removeprefix("text_model."), f"text_model.{path}"}
-            found.add(Entry(component, path, shape, norm), names)
+            found.add(Entry(component, component, (Layer(path, shape, norm),)), names)
     return found

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from lorafind.formats.names import table
 from lorafind.formats.names.table import Entry, Index, Shape
 
 
@@ -150,10 +151,10 @@ def index() -> Index:
     found = Index()
     for owner, net in UNETS.items():
         for layer in layers(net):
+            parts = (table.Layer(layer.path, layer.shape, layer.norm),)
             names = [layer.path]
             if layer.path.endswith("to_out.0"):
                 names.append(layer.path.removesuffix(".0"))
-            found.add(Entry(owner, layer.path, layer.shape, layer.norm), names)
-            entry = Entry(owner, layer.path, layer.shape, layer.norm, sgm=True)
-            found.add(entry, [layer.sgm])
+            found.add(Entry(owner, "unet", parts), names)
+            found.add(Entry(owner, "unet", parts, "sgm"), [layer.sgm])
     return found

@@ -1,0 +1,1 @@
+"""Tables of the true names of transformer models, one TOML file per architecture."""
