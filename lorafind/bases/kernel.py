@@ -169,35 +169,69 @@ def fit(
     group_weights: ω of every group; most: the largest number of components wanted. A group that
     none of the LoRAs has is left out.
     """
+    # Queries import this module and fit nothing.
+    from scipy.linalg import eigh
+
     rows_of = np.arange(kernel.count) if train is None else np.asarray(train)
     groups = [g for g in kernel.groups if kernel.present[g][rows_of].any()]
     layouts, weights = layouts[rows_of], weights[rows_of]
     root = np.sqrt(weights)
-    n = len(rows_of)
-    spread, averages, index, within, views = {}, {}, {}, {}, {}
+    centrings, within, views = {}, {}, {}
     for group in groups:
         present = kernel.present[group][rows_of]
-        averages[group], index[group], which = averaging(layouts, weights, present)
-        # Takes the mean of its layout off every LoRA that has the group.
-        centring = (np.eye(n) - averages[group][which]) * present[:, None]
-        spread[group] = root[:, None] * centring
-        within[group] = kernel.grams[group][np.ix_(rows_of, rows_of)]
-        views[group] = group_weights[group] ** 2 * (spread[group] @ within[group] @ spread[group].T)
-    values, vectors = np.linalg.eigh(np.sum(list(views.values()), 0))
-    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+        centring = Centring(*averaging(layouts, weights, present), present)
+        inside = kernel.grams[group]
+        within[group] = inside if train is None else inside[np.ix_(rows_of, rows_of)]
+        view = centring.off(centring.off(within[group]).T)
+        view *= (group_weights[group] ** 2 * root)[:, None]
+        view *= root
+        centrings[group], views[group] = centring, view
+    values, vectors = eigh(
+        np.sum(list(views.values()), 0), overwrite_a=True, check_finite=False, driver="evd"
+    )
+    values = np.maximum(values[::-1], 0.0)
     # Below this, eigenvalues are the rounding of the products.
-    size = int((values > 1e-10 * max(values[0], 1e-300)).sum()) if n else 0
+    size = int((values > 1e-10 * max(values[0], 1e-300)).sum()) if len(values) else 0
     size = min(size, most) if most is not None else size
+    vectors = vectors[:, ::-1][:, :size].copy()
     # An eigenvector has no sign of its own: the LoRA that it says most of gets a positive one.
     strongest = np.abs(vectors).argmax(0)
-    vectors = vectors * np.where(vectors[strongest, np.arange(n)] < 0, -1.0, 1.0)
-    combined = (vectors[:, :size] / np.sqrt(values[:size])).T
-    mix, grams, centres = {}, {}, {}
+    vectors *= np.where(vectors[strongest, np.arange(size)] < 0, -1.0, 1.0)
+    combined = (vectors / np.sqrt(values[:size])).T * root
+    mix, grams, centres, averages, index = {}, {}, {}, {}, {}
     for group in groups:
-        mix[group] = group_weights[group] * combined @ spread[group]
+        averages[group], index[group] = centrings[group].rows, centrings[group].index
+        mix[group] = group_weights[group] * centrings[group].through(combined)
         projected = mix[group] @ within[group]
         grams[group] = projected @ mix[group].T
         centres[group] = group_weights[group] * averages[group] @ projected.T
     used = {g: group_weights[g] for g in groups}
-    vectors = vectors[:, :size]
     return Fitted(rows_of, used, values, mix, grams, averages, index, centres, vectors, views)
+
+
+@dataclass(frozen=True)
+class Centring:
+    """C = P·(1 − M): takes the mean of its layout off every LoRA that has a group.
+
+    rows, index, which: of :func:`averaging` (M is ``rows[which]``); present: n bools, the diagonal
+    of P. C is never built: it is n × n, and its product with a matrix n³ operations.
+    """
+
+    rows: np.ndarray
+    index: Mapping[int, int]
+    which: np.ndarray
+    present: np.ndarray
+
+    def off(self, matrix: np.ndarray) -> np.ndarray:
+        """C·X, for X n × d."""
+        out = matrix - (self.rows @ matrix)[self.which]
+        out[~self.present] = 0.0
+        return np.asarray(out)
+
+    def through(self, matrix: np.ndarray) -> np.ndarray:
+        """Y·C, for Y k × n."""
+        kept = matrix * self.present
+        sums = np.zeros((len(matrix), len(self.rows)))
+        for row in range(len(self.rows)):
+            sums[:, row] = kept[:, self.which == row].sum(1)
+        return np.asarray(kept - sums @ self.rows)

@@ -50,7 +50,8 @@ class Used:
     embedded: how many LoRAs of the index have coordinates in the basis; refused: (path, reason) of
     the LoRAs of its architecture that have none; kept, own_kept: how much of what one group of
     layers tells about the others is left in the basis, and in the collection's own
-    (:func:`lorafind.bases.selection.keeps`); None where too few LoRAs or groups can tell.
+    (:func:`lorafind.bases.selection.keeps`); None where too few LoRAs or groups can tell. artists:
+    how many the basis was made from, 0 where that is not known.
     """
 
     id: str
@@ -60,6 +61,16 @@ class Used:
     refused: list[tuple[str, str]] = field(default_factory=list)
     kept: float | None = None
     own_kept: float | None = None
+    artists: int = 0
+
+    @property
+    def serves(self) -> bool | None:
+        """Whether the basis knows the styles of the collection; None where nothing can tell."""
+        if self.kept is None:
+            return None
+        # The own basis was fitted to these very LoRAs, which flatters it a little.
+        own = self.own_kept
+        return self.kept >= KEEPS and (own is None or self.kept >= own - FLATTERED)
 
     @property
     def verdict(self) -> str:
@@ -69,8 +80,7 @@ class Used:
         told = f"Likeness in one group of layers tells {self.kept:.0%} of what it tells without"
         if self.own_kept is not None:
             told += f", in the collection's own basis {self.own_kept:.0%}"
-        # The own basis was fitted to these very LoRAs, which flatters it a little.
-        if self.kept >= KEEPS and (self.own_kept is None or self.kept >= self.own_kept - FLATTERED):
+        if self.serves:
             return f"{told}: the basis knows the styles of this collection."
         return (
             f"{told}: much in this collection is new to the basis, and `lorafind basis use own` "
@@ -143,7 +153,8 @@ def use(store: Store, path: str | os.PathLike[str], watch: Progress | None = Non
         own = current(store, basis.architecture, wanted=OWN)
         kept = kept_by(store, basis, ids, layouts)
         own_kept = kept_by(store, own, ids, layouts) if own else None
-    return Used(basis.id, name, basis.architecture, embedded, refused, kept, own_kept)
+    artists = int(basis.facts.get("artists") or 0)
+    return Used(basis.id, name, basis.architecture, embedded, refused, kept, own_kept, artists)
 
 
 def kept_by(store: Store, basis: Basis, ids: np.ndarray, layouts: np.ndarray) -> float | None:

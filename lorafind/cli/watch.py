@@ -50,6 +50,10 @@ class Watch(ExitStack):
             self._told = time.monotonic()
             self._sink.note(f"{self._title}: {self._done} of {self._files}, {self._rate()}")
 
+    def note(self, sentence: str) -> None:
+        """A line for the user."""
+        self._sink.note(sentence)
+
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-3)
         rate = f"{self._done / seconds:.0f}/s"

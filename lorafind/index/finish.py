@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafind.bases import stored
+from lorafind.bases import default, stored
 from lorafind.index import classes
 from lorafind.index.progress import Progress
 from lorafind.index.relate import relate, unrelated
@@ -23,6 +23,7 @@ def finish(store: Store, watch: Progress) -> int:
     for architecture in sorted(architectures):
         watch.stage(f"Basis of {architecture}", 0, 0)
         stored.refresh(store, architecture)
+        default.take(store, architecture, watch)
     if store.basis_ids():
         # Imported late: only bases over other features than style read files.
         from lorafind.bases.use import catch_up

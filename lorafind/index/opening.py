@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorafind.files.mounts import remote
@@ -126,3 +128,19 @@ def _unchanging(path: Path) -> sqlite3.Connection:
             "copy both to a folder that you can write to."
         )
     return _connect(path, "mode=ro&immutable=1")
+
+
+@contextmanager
+def snapshot(conn: sqlite3.Connection) -> Iterator[None]:
+    """All statements of the block see the index as it stood at the first of them.
+
+    Keep it short: without WAL (network drives) a writer waits for its end.
+    """
+    if conn.in_transaction:
+        yield
+        return
+    conn.execute("BEGIN")
+    try:
+        yield
+    finally:
+        conn.execute("ROLLBACK")

@@ -14,6 +14,9 @@ class Progress(Protocol):
     def advance(self, files: int, size: int) -> None:
         """So much more is done."""
 
+    def note(self, sentence: str) -> None:
+        """Something that the user should know, though nothing is wrong."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -22,4 +25,7 @@ class Silent:
         """Nothing."""
 
     def advance(self, files: int, size: int) -> None:
+        """Nothing."""
+
+    def note(self, sentence: str) -> None:
         """Nothing."""

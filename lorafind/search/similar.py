@@ -13,6 +13,7 @@ from lorafind.bases.basis import OWN, Basis
 from lorafind.bases.problem import BasisProblem
 from lorafind.bases.stored import current
 from lorafind.index.classes import kinds
+from lorafind.index.opening import snapshot
 from lorafind.index.problem import IndexProblem
 from lorafind.index.store import Store
 from lorafind.relations.candidates import RELATION_VERSION
@@ -107,7 +108,11 @@ def similar(store: Store, asked: Asked, wishes: Wishes) -> Iterator[Neighbour]:
     """The nearest first. Raises IndexProblem where nothing can be compared."""
     query = asked.query
     wanted = wishes.groups(query.signature.groups)
-    scored, basis = _score(store, query, wanted, wishes.basis)
+    # A writer may fit the basis again between two of the many statements.
+    with snapshot(store.conn):
+        scored, basis = _score(store, query, wanted, wishes.basis)
+        relations = _relations(store, asked)
+        own = _own_family(store, query)
     if query.lora is not None:
         keep = scored.ids != query.lora
         scored = Scored(
@@ -119,8 +124,6 @@ def similar(store: Store, asked: Asked, wishes: Wishes) -> Iterator[Neighbour]:
         )
     if not len(scored.ids):
         return
-    relations = _relations(store, asked)
-    own = _own_family(store, query)
     z, chance = _significance(scored, own | relations.keys())
     order = np.lexsort((scored.ids, -scored.scores))
     base = _base(store, query) if wishes.same_base else None

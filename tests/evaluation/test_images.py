@@ -19,6 +19,7 @@ from lorafind.evaluation.images import (
     BATCH,
     image_features,
 )
+from lorafind.index.progress import Silent
 
 SIDE = 32
 #: Shapes of the tiny towers.
@@ -38,7 +39,7 @@ FILES = {
 }
 
 
-class Recorder:
+class Recorder(Silent):
     """What a run tells."""
 
     def __init__(self, stop_after: int | None = None) -> None:

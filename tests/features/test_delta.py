@@ -13,6 +13,7 @@ from lorafind.bases.problem import BasisProblem
 from lorafind.features import delta
 from lorafind.features.delta import Exact
 from lorafind.features.opening import open_feature
+from lorafind.index.progress import Silent
 from tests.search.made_files import LAYERS, make, write
 
 UNET = [name for name in LAYERS if name.startswith("unet")]
@@ -196,7 +197,7 @@ class Kept:
             raise KeyboardInterrupt
 
 
-class Told:
+class Told(Silent):
     """Adds up what is told."""
 
     def __init__(self) -> None:

@@ -18,6 +18,7 @@ from lorafind.bases.kernel import Kernel
 from lorafind.bases.problem import BasisProblem
 from lorafind.features.opening import FEATURES, open_feature, parse_groups
 from lorafind.index.build import build
+from lorafind.index.progress import Silent
 from lorafind.index.store import Store
 from tests.search.made_files import LAYERS, make, write
 
@@ -28,7 +29,7 @@ def lora(place: Path, seed: int = 0, names: list[str] | None = None) -> Path:
     return write(place, make("lora", seed, names or LINEAR)[0])
 
 
-class Told:
+class Told(Silent):
     """Keeps what is told."""
 
     def __init__(self) -> None:

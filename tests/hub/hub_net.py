@@ -11,6 +11,7 @@ from lorafind.bases.problem import BasisProblem
 from lorafind.hub import cache
 from lorafind.hub import names as hub
 from lorafind.hub.address import Found
+from lorafind.index.progress import Silent
 from tests.hub.hub_server import HubServer
 
 NAME = "alice/wild"
@@ -51,7 +52,7 @@ class Net:
 
 
 @dataclass
-class Counted:
+class Counted(Silent):
     """Progress that is written down."""
 
     def __post_init__(self) -> None:

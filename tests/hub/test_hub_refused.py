@@ -16,8 +16,8 @@ from huggingface_hub import constants
 
 from lorafind.bases.problem import BasisProblem
 from lorafind.hub import names as hub
-from lorafind.index.progress import Progress
-from tests.hub.hub_net import NAME, STORAGE, Counted, Net
+from lorafind.index.progress import Progress, Silent
+from tests.hub.hub_net import NAME, STORAGE, Net
 from tests.hub.hub_server import READER, Fault, Repository
 from tests.hub.made_basis import spoiled
 from tests.unprivileged import needs_permissions, open_folder, unprivileged
@@ -117,7 +117,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 def test_a_disk_that_runs_full_on_the_way(net: Net, alone: Path) -> None:
     @dataclass
-    class Greedy(Counted):
+    class Greedy(Silent):
         """Another program takes the disk when the download begins."""
 
         file: Path
