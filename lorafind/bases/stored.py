@@ -101,7 +101,7 @@ def members(store: Store, architecture: str) -> tuple[np.ndarray, np.ndarray, np
     rows = store.conn.execute(
         "SELECT id, layout, coalesce(f.family, id) FROM loras LEFT JOIN families f ON f.lora = id "
         "JOIN signatures s ON s.lora = loras.id AND s.version = ? "
-        "WHERE instr('|' || architecture || '|', '|' || ? || '|') ORDER BY id",
+        "WHERE instr('-or-' || architecture || '-or-', '-or-' || ? || '-or-') ORDER BY id",
         (SIGNATURE_VERSION, architecture),
     ).fetchall()
     table = np.array(rows, np.int64).reshape(-1, 3)

@@ -102,7 +102,7 @@ def index(
 
 
 #: Outcomes that mean that a file could not be read, not that it is something else.
-BROKEN = frozenset({"unreadable", "inaccessible", "invalid", "changing", "vanished"})
+BROKEN = frozenset({"unreadable", "inaccessible", "invalid", "changing", "vanished", "failed"})
 
 
 def _as_json(summary: Summary, rows: list[dict[str, str]]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ KEYS = (
     Column("path", "File", nearby),
     Column("key", "Key"),
     Column("understood", "Understood as"),
+    Column("dtype", "Dtype"),
+    Column("shape", "Shape", lambda shape: "×".join(map(str, shape)), "right"),
 )
 MODULES = (
     Column("path", "File", nearby),
@@ -41,6 +43,8 @@ MODULES = (
     Column("alpha", "Alpha", "g", "right"),
     Column("scale", "Scale", "g", "right"),
     Column("norm", "Norm", ".4g", "right"),
+    Column("magnitude", "Magnitude", ".4g", "right"),
+    Column("parameters", "Parameters"),
 )
 
 
@@ -71,8 +75,9 @@ def info(
     from lorafind.search.info import info as describe
     from lorafind.search.paths import path_of
 
-    if keys and modules:
-        raise typer.BadParameter("only one of --keys and --modules can be used")
+    sink = session.sink
+    if keys and modules and sink.mode not in (Mode.JSON, Mode.JSONL):
+        raise typer.BadParameter("only one of --keys and --modules can be used without --json")
     code: int | None = None
 
     given = targets(names)
@@ -97,7 +102,6 @@ def info(
                 code = Code.PARTIAL
             yield row
 
-    sink = session.sink
     if sink.mode in (Mode.JSON, Mode.JSONL, Mode.PATHS):
         sink.rows((), rows())
     elif keys or modules:
@@ -119,7 +123,8 @@ def _split(rows: Iterator[Row], keys: bool, warn: Callable[[str], None]) -> Iter
             warn(f"{row['path']}: {row['outcome']}: {row['reason']}")
         if keys:
             for key, how in row["keys"].items():
-                yield {"path": row["path"], "key": key, "understood": how}
+                tensor = row["tensors"][key]
+                yield {"path": row["path"], "key": key, "understood": how, **tensor}
         else:
             for module in row["per_module"]:
                 yield {"path": row["path"], **module}
@@ -134,7 +139,17 @@ PEOPLE = tuple(
         *("File", "Is", "Name", "Architecture", "Family", "Rank", "Alpha", "Modules", "Groups"),
         *("Norm", "Dtype", "Base model", "Trained", "Session", "Settings", "Trigger words", "Tags"),
         *("Comment", "Merged from", "Configuration", "Sidecars", "Notes of the sidecar", "Preview"),
-        *("Embeddings", "Extras", "Not understood", "SHA-256", "AutoV1", "AutoV2", "AutoV3"),
+        *(
+            "Embeddings",
+            "DoRA",
+            "Extras",
+            "Not understood",
+            "Not read",
+            "SHA-256",
+            "AutoV1",
+            "AutoV2",
+            "AutoV3",
+        ),
         *("Data", "Legacy", "Recorded", "Notes"),
     )
 )
@@ -143,7 +158,6 @@ PEOPLE = tuple(
 def _told(row: Row) -> Row:
     """The fields in words; what is empty is left out."""
     facts, beside, hashes = row["facts"], row["sidecar"], row["hashes"]
-    zero = row["zero_modules"]
     return {
         "File": row["path"],
         "Is": f"{row['outcome']}: {row['reason']}" if row["reason"] else row["outcome"],
@@ -152,7 +166,7 @@ def _told(row: Row) -> Row:
         "Family": row["family"] and f"{row['family']}, in {row['spelling']} names",
         "Rank": _counted(row["ranks"]),
         "Alpha": _alpha(row),
-        "Modules": row["modules"] and f"{row['modules']}{f', {zero} of them zero' if zero else ''}",
+        "Modules": _modules(row),
         "Groups": "; ".join(_group(name, part) for name, part in row["groups"].items()),
         "Norm": None if row["norm"] is None else f"{row['norm']:.6g}",
         "Dtype": _dtype(row),
@@ -180,8 +194,10 @@ def _told(row: Row) -> Row:
         "Embeddings": ", ".join(
             f"{e['name']} ({e['vectors']} × {e['width']})" for e in row["embeddings"]
         ),
+        "DoRA": _magnitudes(row["magnitudes"]),
         "Extras": _some(list(row["extras"])),
         "Not understood": _some(row["unknown_keys"]),
+        "Not read": _some([k for k in row["unread_keys"] if k not in set(row["unknown_keys"])]),
         "SHA-256": hashes.get("sha256"),
         "AutoV1": _hash(hashes.get("autov1")),
         "AutoV2": hashes.get("autov2"),
@@ -210,6 +226,24 @@ def _counted(counts: Mapping[str, int]) -> str:
         return "".join(counts)
     first, *rest = counts.items()
     return ", ".join([f"{first[0]} (in {first[1]} modules)", *(f"{v} (in {n})" for v, n in rest)])
+
+
+def _modules(row: Row) -> str | None:
+    if row["modules"] is None:
+        return None
+    zero, parameters = row["zero_modules"], row["parameters"]
+    return _joined(
+        str(row["modules"]),
+        f"{zero} of them zero" if zero else None,
+        f"{parameters} of them parameters" if parameters else None,
+    )
+
+
+def _magnitudes(rows: list[Mapping[str, Any]]) -> str:
+    """How many magnitudes there are, and how long."""
+    norms = [row["norm"] for row in rows if row["norm"] is not None]
+    text = f"magnitudes of {len(rows)} modules" if rows else ""
+    return f"{text}, norms {min(norms):.4g} to {max(norms):.4g}" if norms else text
 
 
 def _alpha(row: Row) -> str:

@@ -39,7 +39,7 @@ class Source:
     """A file that holds an adapter.
 
     row: its position among the paths asked for; content: as the index names it; architecture: may
-    leave open several (``sd1|sd2``); layout: digest as in the index; modules: those with ΔW ≠ 0;
+    leave open several (``sd1-or-sd2``); layout: digest as in the index; modules: those with ΔW ≠ 0;
     norms: ‖ΔW_m‖² of them; size and mtime_ns: of the file when it was read.
     """
 

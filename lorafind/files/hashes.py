@@ -68,10 +68,12 @@ def hashes(
     known already. Raises NotAnAdapter where the file cannot be read.
     """
     with Opened(path) as opened:
+        if header is not None and header.mtime_ns not in (None, opened.before.st_mtime_ns):
+            raise opened.changed()
         if sha256 is None:
             sha256, data_sha256 = _digests(opened, header)
         begin, end = (min(edge, opened.size) for edge in WINDOW)
-        opened.file.seek(begin)
+        opened.seek(begin)
         window = memoryview(bytearray(end - begin))
         opened.fill(window)
         opened.settle()

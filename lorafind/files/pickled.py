@@ -7,8 +7,9 @@ import io
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lorafind.files.hashes import WRITTEN
-from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.header import MAX_NAME
+from lorafind.files.outcome import NotAnAdapter, shown
 from lorafind.files.safetensors import (
     CHUNK,
     STREAM_ABOVE,
@@ -30,6 +32,8 @@ from lorafind.files.tensors import NAMES
 
 #: Keys under which whole trainings keep the weights.
 CONTAINERS = ("state_dict", "model_state_dict", "model", "weights", "lora")
+#: The most dictionaries in one another, and the most tensors.
+DEPTH, MAX_TENSORS = 16, 200_000
 
 
 @dataclass(frozen=True)
@@ -71,19 +75,28 @@ def load(path: Path, allow_pickle: bool = False) -> Pickled:
             raise NotAnAdapter(
                 "pickle", f"{name} is a PyTorch file: it needs --allow-pickle to be read"
             )
-        opened.file.seek(0)
+        opened.seek(0)
         if opened.size > STREAM_ABOVE:
             digest = hashlib.sha256()
-            while piece := opened.file.read(CHUNK):
-                digest.update(piece)
+            piece = memoryview(bytearray(CHUNK))
+            for begin in range(0, opened.size, CHUNK):
+                part = piece[: opened.size - begin]
+                opened.fill(part)
+                digest.update(part)
+            _check_archive(path, name, opened.size)
             found = _unpickle(path, name, mmap=True)
         else:
-            data = bytearray(opened.size)
-            opened.fill(memoryview(data))
-            digest = hashlib.sha256(data)
-            found = _unpickle(io.BytesIO(data), name, mmap=False)
+            data = io.BytesIO(bytes(opened.size))
+            with data.getbuffer() as view:
+                opened.fill(view)
+                digest = hashlib.sha256(view)
+            _check_archive(data, name, opened.size)
+            data.seek(0)
+            found = _unpickle(data, name, mmap=False)
         opened.settle()
-    tensors = _flat(found)
+    collector = _Collector(name, 4 * opened.size + 2**20)
+    collector.take(_weights(found))
+    tensors = collector.tensors
     if not tensors:
         raise NotAnAdapter("empty", f"{name} holds no tensor")
     header, data_sha256 = _as_written(tensors, opened.size)
@@ -104,38 +117,81 @@ def _unpickle(source: Any, name: str, mmap: bool) -> object:
         ) from error
     except Exception as error:
         # A broken pickle can raise anything.
-        first = (str(error).splitlines() or [""])[0]
-        raise NotAnAdapter(
-            "unreadable", f"{name} is no whole PyTorch file: {type(error).__name__}: {first}"
-        ) from error
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise NotAnAdapter("unreadable", f"{name} is no whole PyTorch file: {first}") from error
 
 
-def _flat(found: object) -> dict[str, Tensor]:
-    if isinstance(found, Tensor):
-        return {"0": _plain(found)}
-    if isinstance(found, list | tuple):
-        return {str(i): _plain(t) for i, t in enumerate(found) if isinstance(t, Tensor)}
+@dataclass
+class _Collector:
+    """The tensors of what a pickle made, by name.
+
+    A pickle of a few bytes can name one tensor a million times, spread one number over any shape,
+    or hold itself: ``room`` is what the file can honestly hold, in bytes.
+    """
+
+    name: str
+    room: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, found: object, prefix: str = "", depth: int = 0) -> None:
+        """Enter a tensor, or all that a list or dictionary holds."""
+        if isinstance(found, Tensor):
+            self._enter(prefix or "0", found)
+        elif isinstance(found, list | tuple):
+            for i, t in enumerate(found):
+                if isinstance(t, Tensor):
+                    self._enter(f"{prefix}.{i}" if prefix else str(i), t)
+        elif isinstance(found, Mapping):
+            if depth > DEPTH:
+                raise self._refused("its dictionaries are nested too deeply")
+            for key, value in found.items():
+                if isinstance(value, Tensor | Mapping | list | tuple):
+                    if not isinstance(key, str | int) or len(str(key)) > MAX_NAME:
+                        raise self._refused("the name of a tensor is no short text")
+                    self.take(value, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+
+    def _enter(self, key: str, t: Tensor) -> None:
+        if key in self.tensors:
+            raise self._refused(f"it has the name {shown(key)} twice")
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:
+            raise self._refused(f"the name {shown(key)} is no text") from error
+        plain = t.layout == torch.strided and not (t.is_quantized or t.is_nested)
+        if not plain or t.dtype not in NAMES or t.device.type != "cpu":
+            kind = "quantised" if t.is_quantized else f"{t.layout}, {t.dtype}, {t.device.type}"
+            raise self._refused(f"the tensor {shown(key)} is stored as {kind}, which is not read")
+        self.room -= t.numel() * t.dtype.itemsize
+        if self.room < 0 or len(self.tensors) >= MAX_TENSORS:
+            raise self._refused("its tensors are larger together than the file")
+        self.tensors[key] = t.detach().resolve_conj().resolve_neg().contiguous()
+
+    def _refused(self, why: str) -> NotAnAdapter:
+        return NotAnAdapter("unsupported", f"{self.name} is not read: {why}")
+
+
+def _weights(found: object) -> object:
+    """The part of a whole training that holds the weights."""
     if not isinstance(found, Mapping):
-        return {}
+        return found
     for key in CONTAINERS:
         inner = found.get(key)
         if isinstance(inner, Mapping) and any(isinstance(t, Tensor) for t in inner.values()):
-            found = inner
-            break
-    tensors: dict[str, Tensor] = {}
-    for key, value in found.items():
-        if isinstance(value, Tensor):
-            tensors[str(key)] = _plain(value)
-        elif isinstance(value, Mapping | list | tuple):
-            tensors |= {f"{key}.{inner}": t for inner, t in _flat(value).items()}
-    return tensors
+            return inner
+    return found
 
 
-def _plain(t: Tensor) -> Tensor:
-    if t.layout != torch.strided or t.is_quantized or t.dtype not in NAMES:
-        kind = "quantised" if t.is_quantized else f"{t.layout}, {t.dtype}"
-        raise NotAnAdapter("unsupported", f"a tensor in it is stored as {kind}, which is not read")
-    return t.detach().resolve_conj().contiguous()
+def _check_archive(source: Path | io.BytesIO, name: str, size: int) -> None:
+    """Raise for an archive that unpacks to more than its size: PyTorch compresses nothing."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        # PyTorch's older format is no archive, and of a broken one torch says what is wrong.
+        unpacked = 0
+    if unpacked > size:
+        why = f"it unpacks to {unpacked:,} bytes, more than it has"
+        raise NotAnAdapter("unsupported", f"{name} is not read: {why}")
 
 
 def _as_written(tensors: Mapping[str, Tensor], size: int) -> tuple[Header, str]:

@@ -16,6 +16,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from lorafind.files.mounts import stable_inodes
+from lorafind.files.opening import open_regular
 
 SAFETENSORS = (b".safetensors",)
 PICKLED = (b".pt", b".bin", b".ckpt", b".pth")
@@ -58,7 +59,7 @@ class Found(NamedTuple):
 
     path: below ``root``, empty where the root is itself the file. Numbers are cut to 63 bits, as
     SQLite holds them. outcome: empty for a file to look into, else ``not-a-file``, ``pickle`` or
-    ``unreadable``, with the reason in one sentence.
+    ``inaccessible``, with the reason in one sentence.
     """
 
     root: bytes
@@ -183,8 +184,14 @@ class _Walk:
     ) -> Iterator[Found]:
         name = entry.name.lower()
         candidate = name.endswith(SAFETENSORS) or name.endswith(PICKLED)
-        link = entry.is_symlink()
-        if not link and entry.is_dir(follow_symlinks=False):
+        try:
+            # Without a system call, but on drives whose listings do not tell what an entry is.
+            link = entry.is_symlink()
+            folder = not link and entry.is_dir(follow_symlinks=False)
+        except OSError as error:
+            self.report.unreachable[entry.path] = error.strerror or str(error)
+            return
+        if folder:
             if _trash(name, path):
                 self.report.passed.append(entry.path)
                 return
@@ -281,7 +288,7 @@ def probe(path: bytes | str | os.PathLike[str]) -> bytes:
     those. Raises OSError where the file cannot be read.
     """
     digest = blake2b(digest_size=16)
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(file.read(8 + PROBE))
         inside = size - 8 - 2 * PROBE

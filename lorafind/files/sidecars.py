@@ -15,13 +15,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lorafind.files.opening import open_regular
+
 #: A sidecar longer than this is not read.
-MAX_SIDECAR = 16 * 2**20
+MAX_SIDECAR = 8 * 2**20
 #: A header text longer than this is not parsed as JSON.
 MAX_TEXT = 4 * 2**20
+#: Of one text and of one list no more is kept: characters, entries.
+MAX_WORD, MAX_WORDS = 64 * 1024, 256
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif", "avif", "jxl", "mp4", "webm")
 PREVIEWS = tuple(f"{before}.{ending}" for before in (".preview", "") for ending in PICTURES)
+
+#: PEFT's settings, which belong to ``adapter_model.*`` in the same folder.
+CONFIG = "adapter_config.json"
 
 #: Stems that say nothing: the folder's name stands for the file.
 GENERIC = frozenset(
@@ -71,6 +78,11 @@ def read_sidecars(path: str | os.PathLike[str], names: set[str] | None = None) -
             found = replace(found, broken=(*found.broken, (name, _why(error))))
             continue
         found = _merge(found, replace(part, files=(name,)))
+    if path.stem == "adapter_model" and CONFIG in names:
+        try:
+            _object(_text(path.with_name(CONFIG)))
+        except (OSError, ValueError, RecursionError) as error:
+            found = replace(found, broken=(*found.broken, (CONFIG, _why(error))))
     preview = next((path.stem + p for p in PREVIEWS if path.stem + p in names), None)
     return replace(found, preview=preview)
 
@@ -83,9 +95,14 @@ def _merge(first: Sidecar, second: Sidecar) -> Sidecar:
 
 
 def _text(path: Path) -> str:
-    if path.stat().st_size > MAX_SIDECAR:
+    with open_regular(path) as file:
+        data = bytearray()
+        # A read may give less than was asked for, and a file may grow.
+        while len(data) <= MAX_SIDECAR and (piece := file.read(MAX_SIDECAR + 1 - len(data))):
+            data += piece
+    if len(data) > MAX_SIDECAR:
         raise ValueError(f"it is longer than {MAX_SIDECAR:,} bytes")
-    return path.read_text("utf-8-sig")
+    return data.decode("utf-8-sig")
 
 
 def _why(error: Exception) -> str:
@@ -106,7 +123,7 @@ def _webui(text: str) -> Sidecar:
         base_model=_word(found.get("sd version"), unless="Unknown"),
         trigger_words=_words(found.get("activation text")),
         notes=_word(found.get("notes")) or _word(found.get("description")),
-        weight=float(weight) if isinstance(weight, int | float) and weight else None,
+        weight=float(weight) if isinstance(weight, int | float) and 0 < abs(weight) < 1e6 else None,
     )
 
 
@@ -184,15 +201,14 @@ def _list(value: object) -> list[Any]:
 
 
 def _word(value: object, unless: str | None = None) -> str | None:
-    if not isinstance(value, str) or not value.strip() or value.strip() == unless:
-        return None
-    return value.strip()
+    text = value[:MAX_WORD].strip() if isinstance(value, str) else ""
+    return text if text and text != unless else None
 
 
 def _words(value: object) -> tuple[str, ...]:
     """Trigger words of a list, or of one text with commas."""
-    pieces = value.split(",") if isinstance(value, str) else _list(value)
-    return tuple(dict.fromkeys(p.strip() for p in pieces if isinstance(p, str) and p.strip()))
+    pieces = value[:MAX_WORD].split(",") if isinstance(value, str) else _list(value)
+    return tuple(dict.fromkeys(word for p in pieces if (word := _word(p))))[:MAX_WORDS]
 
 
 def _hex(value: object) -> str | None:
@@ -206,13 +222,13 @@ def _hex(value: object) -> str | None:
 def adapter_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """``adapter_config.json`` beside ``adapter_model.*``, which holds the scale; else None.
 
-    A broken one is as none: the weights can be read without.
+    A broken one is as none (:func:`read_sidecars` tells of it): the weights can be read without.
     """
     path = Path(path)
     if path.stem != "adapter_model":
         return None
     try:
-        return _object(_text(path.with_name("adapter_config.json")))
+        return _object(_text(path.with_name(CONFIG)))
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -319,7 +335,7 @@ def _top_tags(text: str | None, count: int = 20) -> tuple[tuple[str, int], ...]:
     total: Counter[str] = Counter()
     for folder in _parsed(text).values():
         for tag, number in folder.items() if isinstance(folder, dict) else ():
-            if isinstance(number, int):
+            if isinstance(number, int) and 0 <= number < 2**53:
                 total[tag.strip()] += number
     return tuple(total.most_common(count))
 
@@ -359,4 +375,5 @@ def _real(text: str | None) -> float | None:
         value = float(text) if text is not None else None
     except ValueError:
         return None
-    return value if value is not None and abs(value) < 1e12 else None
+    # Of the years 1970 to 9999, which every system can write as a date.
+    return value if value is not None and 0 <= value < 253_402_300_800 else None

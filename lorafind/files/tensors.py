@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -33,6 +32,9 @@ DTYPES = {
 }
 #: safetensors name of a torch dtype.
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: The largest number of float32.
+LARGEST = torch.finfo(torch.float32).max
 
 #: What a tensor can be rounded to, the coarsest first.
 COARSE = ("F8_E5M2", "F8_E4M3", "BF16", "F16", "F32")
@@ -105,12 +107,12 @@ def _count(dtype: str, length: int) -> int:
 
 
 def all_finite(t: Tensor) -> bool:
-    """True where no number is NaN or infinite."""
+    """True where no number is NaN, infinite, or beyond float32, in which signatures are made."""
     if not t.numel():
         return True
     # NaN passes through both, an infinity is one of them.
     low, high = torch.aminmax(t.to(torch.float32) if t.dtype.itemsize == 1 else t)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    return low.item() >= -LARGEST and high.item() <= LARGEST
 
 
 def round_trips(t: Tensor, dtype: torch.dtype) -> bool:

@@ -26,7 +26,8 @@ class Place:
     """Where in the base model a module sits; a function of its canonical name alone.
 
     name: ``component/path``, e.g. ``unet/down_blocks.0.attentions.0.proj_in`` (components ``unet``,
-        ``te1`` CLIP-L, ``te2`` CLIP-bigG, ``te`` OpenCLIP-H, ``model`` where none is known).
+        ``transformer``, ``te1`` CLIP-L, ``te2`` CLIP-bigG, ``te`` OpenCLIP-H, ``te_t5`` T5-XXL,
+        ``te_llm`` a language model, ``model`` where none is known).
     group: one of GROUPS.
     late: False in the first half of the network's depth, True in the second.
     vector: True for a bias or norm difference (ΔW is o × 1): it counts for identity, not for style.
@@ -47,9 +48,13 @@ class Place:
 class ModulePlan:
     """One module before its tensors are read.
 
-    family: ``lora``, ``loha``, ``lokr`` or ``full``.
-    keys: every key of the file that belongs to it (alpha included); alpha: the key of its alpha.
-    shape: (o, n) of ΔW; rank as in :attr:`Delta.rank`.
+    family: ``lora``, ``loha``, ``lokr``, ``full``, …
+    keys: every key of the file that belongs to it (alpha included), which other modules may share
+        where a layer is fused; alpha: the key of its alpha; beside: those of them that hold no
+        weights (alpha, flags, indices).
+    parameters: True where the numbers are parameters of a rotation or rescaling, which would need
+        the base weight for a ΔW: they are compared as they stand, with the like only.
+    shape: (o, n) of ΔW; rank: as the shapes state it (:attr:`Delta.rank` can be lower in a part).
     bind: makes the Delta from a function that returns the stored tensor of a key.
     """
 
@@ -60,6 +65,13 @@ class ModulePlan:
     rank: int
     bind: Callable[[Fetch], Delta]
     alpha: str | None = None
+    beside: tuple[str, ...] = ()
+    parameters: bool = False
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The keys of the tensors that it is made of."""
+        return tuple(k for k in self.keys if k != self.alpha and k not in self.beside)
 
     @property
     def name(self) -> str:
@@ -71,13 +83,16 @@ class ModulePlan:
 class Plan:
     """How every key of a file is understood.
 
-    architecture: ``sd1``, ``sd2``, ``sdxl``, ``sdxl-refiner``, ``other:<8 hex of the layout>``, …
-    family: of the file: ``lora``, ``locon``, ``loha``, ``lokr``, ``full``, ``dora``, ``mixed``.
-    spelling: ``kohya``, ``sgm``, ``diffusers``, ``diffusers-old``, ``peft``, ``onetrainer``,
-        ``cloneofsimo``, … (``mixed`` where a file holds several).
+    architecture: ``sd1``, ``flux1``, ``flux1-or-chroma``, ``other:<8 hex of the layout>``, … as in
+        :mod:`lorafind.formats.architectures`.
+    family: of the file: ``lora``, ``locon``, ``loha``, ``lokr``, ``full``, ``dora``, ``mixed``, …
+    spelling: ``kohya``, ``sgm``, ``diffusers``, ``diffusers-old``, ``peft``, ``comfy``, ``native``,
+        ``onetrainer``, ``xlabs``, ``cloneofsimo``, … (``mixed`` where a file holds several).
     extras: canonical name → key of what acts on the picture but is no ΔW (DoRA magnitudes,
         bundled embeddings, fully saved modules). Adapters whose extras differ are never copies.
-    keys: every key → ``module:<name>``, ``extra:<name>``, ``leftover``, ``orphan`` or ``unknown``.
+    cuts: extra → (first row, row after the last), where it is a part of the tensor.
+    keys: every key → ``module:<name>`` or ``extra:<name>`` (``a + b + c`` where it belongs to
+        several), ``leftover`` or ``leftover:<why>``, ``orphan`` or ``unknown``.
     notes: sentences for people.
     hints: architectures suggested by metadata, and other facts that are shown, never trusted.
     """
@@ -87,6 +102,7 @@ class Plan:
     spelling: str
     modules: tuple[ModulePlan, ...]
     extras: dict[str, str] = field(default_factory=dict)
+    cuts: dict[str, tuple[int, int]] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     hints: dict[str, Any] = field(default_factory=dict)
@@ -95,6 +111,14 @@ class Plan:
     def unknown_keys(self) -> list[str]:
         """Keys that were not understood."""
         return [key for key, how in self.keys.items() if how in ("unknown", "orphan")]
+
+    @property
+    def unread_keys(self) -> list[str]:
+        """Keys that may act on the picture and are not read: not understood, or written twice."""
+        known = ("module:", "extra:")
+        return [
+            k for k, how in self.keys.items() if not how.startswith(known) and how != "leftover"
+        ]
 
 
 class Bound(Mapping[str, "Delta"]):
@@ -134,4 +158,5 @@ class Adapter:
 
     def extra(self, name: str) -> Tensor:
         """The tensor of an extra (see :class:`Plan`)."""
-        return self.fetch(self.plan.extras[name])
+        tensor = self.fetch(self.plan.extras[name])
+        return tensor[slice(*self.plan.cuts[name])] if name in self.plan.cuts else tensor

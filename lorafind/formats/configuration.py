@@ -1,7 +1,9 @@
 """What a PEFT configuration says of the scale: alpha, r and rsLoRA per module.
 
-Two places: ``adapter_config.json`` beside the file (PEFT), and the text ``lora_adapter_metadata``
-in the header, the same per component (diffusers). Files without alpha keys need them.
+Three places: ``adapter_config.json`` beside the file (PEFT); the text ``lora_adapter_metadata`` in
+the header, the same per component (diffusers); and single texts there, ``lora_alpha`` and ``r``,
+with or without a component (SimpleTuner, LightX2V; read by SGLang). Files without alpha keys need
+them. ``ss_network_alpha`` is not among them: it repeats the alpha keys, and no program applies it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,8 @@ from lorafind.formats.families import Scale
 
 #: The header's text, written by diffusers.
 METADATA_KEY = "lora_adapter_metadata"
+#: Single texts of the header: setting → how it is called, the first counts.
+SINGLE = {"lora_alpha": ("lora_alpha", "network_alpha", "alpha"), "r": ("r",)}
 
 #: Component → how diffusers calls it in that text.
 PARTS = {"te1": ("text_encoder",), "te2": ("text_encoder_2",), "te3": ("text_encoder_3",)}
@@ -55,7 +60,8 @@ class Configuration:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and value > 0 else None
+    # JSON knows infinity, and integers that no float holds.
+    return float(value) if isinstance(value, int | float) and 0 < value < 2.0**53 else None
 
 
 def _matches(pattern: str, module: str) -> bool:
@@ -66,13 +72,23 @@ def _matches(pattern: str, module: str) -> bool:
         return False
 
 
+def of_header(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a header that say something of the scale."""
+    words = {word for names in SINGLE.values() for word in names}
+    return {
+        key: text
+        for key, text in metadata.items()
+        if key == METADATA_KEY or key.rpartition(".")[2] in words
+    }
+
+
 def read(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> Configuration:
     """The configuration of a file; an unreadable one is as none."""
     if config is not None:
         return Configuration({"": config})
     text = metadata.get(METADATA_KEY)
     if text is None:
-        return Configuration({})
+        return Configuration(_single(metadata))
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -83,3 +99,16 @@ def read(metadata: Mapping[str, str], config: Mapping[str, Any] | None) -> Confi
             name, _, setting = key.rpartition(".")
             parts.setdefault(name, {})[setting] = value
     return Configuration(dict(parts))
+
+
+def _single(metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """The settings that stand alone in a header, by component; those without alpha say nothing."""
+    parts: dict[str, dict[str, float]] = {}
+    for setting, names in SINGLE.items():
+        for name in reversed(names):
+            for key, text in metadata.items():
+                part, _, word = key.rpartition(".")
+                if word == name:
+                    with suppress(ValueError):
+                        parts.setdefault(part, {})[setting] = float(text)
+    return {part: found for part, found in parts.items() if "lora_alpha" in found}

@@ -1,54 +1,39 @@
 """Which base model an adapter is for: from names and shapes, never from metadata.
 
 FORMATS of ComfyUI (``model_detection.py``), diffusers and sd-scripts say what tells models apart:
-the true names (which blocks there are), the width of the prompt in ``attn2.to_k``, the widths of
-the text encoders, and 4-D projections (SD1) against 2-D ones. What these leave open stays open:
-an architecture of two candidates is written ``sd1|sd2``.
+the true names (which blocks there are, and how many), the widths of the layers and of the prompt,
+and the text encoders. What these leave open stays open: all that an adapter may be for is named
+(:mod:`lorafind.formats.architectures`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorafind.formats.names import clip, unet
-from lorafind.formats.names.table import Entry, Shape
-
-#: Architectures that have tables, in the order in which candidates are written.
-KNOWN = tuple(unet.UNETS)
-
-#: Text encoder → the architectures that have it.
-ENCODERS = {
-    "te1": frozenset({"sd1", "sdxl"}),
-    "te": frozenset({"sd2"}),
-    "te2": frozenset({"sdxl", "sdxl-refiner"}),
-}
-#: (prefix, encoder found) → architectures: writers number encoders only where there are several.
-NUMBERED = {
-    ("te", "te1"): frozenset({"sd1"}),
-    ("te", "te2"): frozenset({"sdxl-refiner"}),
-    ("te2", "te2"): frozenset({"sdxl"}),
-}
+from lorafind.formats import encoders
+from lorafind.formats.architectures import joined, ordered
+from lorafind.formats.encoders import Encoder
+from lorafind.formats.names import unet
+from lorafind.formats.names.pattern import Outline, outline
+from lorafind.formats.names.table import Entry
+from lorafind.formats.names.tables import Table, tables
+from lorafind.formats.sighting import Sighting
 
 #: Of the modules whose names a table knows, the share whose shapes may differ (a widened conv_in).
 TOLERANCE = 0.05
-#: Of the U-Net's modules, the share that a table must know.
-COVERED = 0.9
+#: Of the modules of no text encoder, the share that a table must know: what was added to a model
+#: (control blocks, an adapter for faces or sound) is trained beside its own layers.
+COVERED = 0.5
+#: A U-Net that knows this share is not compared with transformers.
+CERTAIN = 0.9
+#: Runs of fewer blocks say nothing by being complete.
+BLOCKS = 4
 
 #: Last words of the layers that make queries, alone or with others: nearly every adapter has them.
 QUERIES = ("to_q", "q_proj", "_q", "query", "qkv", "c_attn", "q_lin", "query_key_value", "wq")
-
-
-@dataclass(frozen=True, slots=True)
-class Sighting:
-    """One module of a file: component and flattened name as written, kind as in table.KINDS."""
-
-    component: str
-    flat: str
-    shape: Shape
-    dims: int = 0
-    kind: str = "weight"
 
 
 @dataclass(frozen=True)
@@ -67,81 +52,165 @@ class Detected:
 
 def detect(sightings: list[Sighting], allowed: frozenset[str] | None = None) -> Detected:
     """The architecture and the entries. allowed: what the spelling leaves possible."""
-    entries: list[Entry | None] = [_encoder(s) for s in sightings]
-    main = [i for i, s in enumerate(sightings) if not s.component.startswith("te")]
-    main = [i for i in main if entries[i] is None]
-    candidates = _unets([sightings[i] for i in main]) if main else None
-    encoders = {e.owner for e in entries if e is not None}
-    strangers = any(
-        e is None and s.component.startswith("te") for e, s in zip(entries, sightings, strict=True)
-    )
-    if candidates is None and not main and encoders and not strangers:
-        candidates = list(KNOWN)
-    if not candidates:
-        return Detected(layout_name(sightings), entries)
-    candidates, notes = _narrow(candidates, sightings, entries, allowed)
+    entries, found = encoders.find(sightings)
+    main = [i for i, s in enumerate(sightings) if entries[i] is None and not s.is_text]
+    alone = not main and None not in entries
+    if main:
+        candidates = _models([sightings[i] for i in main])
+    else:
+        candidates = ordered([*unet.UNETS, *models()]) if alone else []
+    candidates, notes = _by_encoders(candidates, found, alone)
+    if allowed is not None:
+        candidates = [a for a in candidates if a in allowed] or candidates
+    candidates = _by_projections(candidates, sightings)
     if not candidates:
         return Detected(layout_name(sightings), entries)
     for i in main:
-        entries[i] = unet.index().get(sightings[i].flat).get(candidates[0])
-    return Detected("|".join(a for a in KNOWN if a in candidates), entries, notes)
+        entries[i] = lookup(candidates, sightings[i].flat)
+    return Detected(joined(candidates), entries, notes)
 
 
-def _encoder(s: Sighting) -> Entry | None:
-    """The layer of a text encoder that a sighting is."""
-    if s.component not in ("te", "te1", "te2", "text", "model"):
-        return None
-    return next((e for e in clip.index().get(s.flat).values() if e.fits(s.shape, s.kind)), None)
+def models() -> dict[str, Table]:
+    """The tables of the networks that make pictures: all but those of text encoders."""
+    return {owner: table for owner, table in tables().items() if not owner.startswith("te_")}
 
 
-def _unets(sightings: list[Sighting]) -> list[str]:
-    """The U-Nets that the modules fit best, the empty list where none fits."""
+def lookup(candidates: list[str], flat: str) -> Entry | None:
+    """The layer of that name in the first candidate that has it."""
+    for owner in candidates:
+        if owner in unet.UNETS:
+            entry = unet.index().get(flat).get(owner)
+        else:
+            match = tables()[owner].find(outline(flat))
+            entry = match.entry if match else None
+        if entry is not None:
+            return entry
+    return None
+
+
+# ---------------------------------------------------------------------------- names and shapes
+
+
+@dataclass
+class _Score:
+    """How well the modules fit a network.
+
+    named: how many names it has; fits: how many of these have the right shape; complete: of how
+    many runs of its blocks every one is there.
+    """
+
+    named: int = 0
+    fits: int = 0
+    complete: int = 0
+
+    def count(self, s: Sighting, entry: Entry) -> None:
+        """Take in a module whose name the network has."""
+        fits = entry.fits(s.shape, s.kind)
+        # Parameters tell too little of a layer's shape to be held against a network.
+        self.named += fits or s.kind != "parameters"
+        self.fits += fits
+
+    def enough(self, total: int, covered: float) -> bool:
+        """True where modules, ``total`` in number, can be this network's."""
+        return self.fits >= (1 - TOLERANCE) * self.named and self.named >= covered * total
+
+
+def _models(sightings: list[Sighting]) -> list[str]:
+    """The networks that the modules fit best, the empty list where none fits."""
+    scores = _unets(sightings)
+    if certain := _best(scores, len(sightings), CERTAIN):
+        return certain
+    scores |= _tables(sightings)
+    return _best(scores, len(sightings), COVERED)
+
+
+def _best(scores: dict[str, _Score], total: int, covered: float) -> list[str]:
+    best = max((score.fits for score in scores.values()), default=0)
+    left = {
+        owner: score
+        for owner, score in scores.items()
+        if score.fits == best and score.enough(total, covered)
+    }
+    # A file with every block of one network and some of another's is of the first.
+    most = max((score.complete for score in left.values()), default=0)
+    return ordered(owner for owner, score in left.items() if score.complete == most)
+
+
+def _unets(sightings: list[Sighting]) -> dict[str, _Score]:
     index = unet.index()
-    fits: Counter[str] = Counter()
-    named: Counter[str] = Counter()
+    scores: dict[str, _Score] = defaultdict(_Score)
     for s in sightings:
         for owner, entry in index.get(s.flat).items():
-            named[owner] += 1
-            fits[owner] += entry.fits(s.shape, s.kind)
-    best = max(fits.values(), default=0)
-    return [
-        owner
-        for owner, count in fits.items()
-        if count == best
-        and count >= (1 - TOLERANCE) * named[owner]
-        and named[owner] >= COVERED * len(sightings)
-    ]
+            scores[owner].count(s, entry)
+    return dict(scores)
 
 
-def _narrow(
-    candidates: list[str],
-    sightings: list[Sighting],
-    entries: list[Entry | None],
-    allowed: frozenset[str] | None,
+def _tables(sightings: list[Sighting]) -> dict[str, _Score]:
+    named = [(s, outline(s.flat)) for s in sightings]
+    counts = Counter(name.text for _, name in named)
+
+    def covers(knows: Callable[[str], bool]) -> bool:
+        return sum(n for text, n in counts.items() if knows(text)) >= COVERED * len(named)
+
+    scores = {}
+    for owner, table in models().items():
+        # Most tables need not be read to say that they know too little.
+        if covers(table.may_know) and covers(table.knows):
+            score = _score(table, named)
+            if score is not None:
+                scores[owner] = score
+    return scores
+
+
+def _score(table: Table, named: list[tuple[Sighting, Outline]]) -> _Score | None:
+    """The score of one table; None where a module stands in a block that it does not have."""
+    score = _Score()
+    blocks: dict[str, set[int]] = defaultdict(set)
+    for s, name in named:
+        match = table.find(name)
+        if match is None:
+            if table.beyond(name):
+                return None
+            continue
+        score.count(s, match.entry)
+        if match.head:
+            blocks[match.head].add(match.block)
+    score.complete = sum(
+        len(seen) == table.depths[head] for head, seen in blocks.items() if len(seen) >= BLOCKS
+    )
+    return score
+
+
+# ---------------------------------------------------------------------------- what narrows
+
+
+def _by_encoders(
+    candidates: list[str], found: list[Encoder], alone: bool
 ) -> tuple[list[str], tuple[str, ...]]:
+    """Those that have the text encoders. alone: there is nothing else in the file."""
     notes = []
-    evidence = [(ENCODERS[e.owner], e.owner) for e in entries if e is not None]
-    evidence += [
-        (NUMBERED[s.component, e.owner], e.owner)
-        for s, e in zip(sightings, entries, strict=True)
-        if e is not None and (s.component, e.owner) in NUMBERED
-    ]
-    for possible, owner in dict.fromkeys(evidence):
-        left = [a for a in candidates if a in possible]
-        if left:
+    for encoder in found:
+        left = [a for a in candidates if encoder.may_belong(a)]
+        if left or alone:
             candidates = left
-        elif all(s.component.startswith("te") for s in sightings):
-            return [], ()
-        else:
-            notes.append(f"the text encoder {owner} is not that of {'|'.join(candidates)}")
-    if allowed is not None:
-        candidates = [a for a in candidates if a in allowed] or candidates
-    dims = {s.dims for s in sightings if s.flat.endswith(("_proj_in", "_proj_out")) and s.dims}
-    if len(candidates) > 1 and dims:
-        conv = 4 in dims
-        left = [a for a in candidates if unet.UNETS[a].conv_projection == conv]
-        candidates = left or candidates
+        elif candidates:
+            names = " or ".join(sorted(encoder.owners))
+            notes.append(f"the text encoder {names} is not that of {joined(candidates)}")
     return candidates, tuple(notes)
+
+
+def _by_projections(candidates: list[str], sightings: list[Sighting]) -> list[str]:
+    """SD1 projects by convolutions, the later U-Nets by matrices."""
+    if len(candidates) < 2 or not set(candidates) <= unet.UNETS.keys():
+        return candidates
+    dims = {s.dims for s in sightings if s.flat.endswith(("_proj_in", "_proj_out")) and s.dims}
+    if not dims:
+        return candidates
+    left = [a for a in candidates if unet.UNETS[a].conv_projection == (4 in dims)]
+    return left or candidates
+
+
+# ---------------------------------------------------------------------------- unknown models
 
 
 def layout_name(sightings: list[Sighting]) -> str:
@@ -152,7 +221,7 @@ def layout_name(sightings: list[Sighting]) -> str:
     The text encoders count only where there is nothing else.
     """
     weights = [s for s in sightings if s.kind == "weight"] or sightings
-    main = [s for s in weights if not s.component.startswith("te")] or weights
+    main = [s for s in weights if not s.is_text] or weights
     queries = [s for s in main if s.flat.lower().endswith(QUERIES)] or main
     rows = sorted({(s.flat, *s.shape) for s in queries})
     return "other:" + hashlib.sha256(repr(rows).encode()).hexdigest()[:8]

@@ -6,6 +6,7 @@ OneTrainer, ComfyUI). Tables, in the order in which they are tried.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 #: Suffix → role, where the last word of the key alone tells.
@@ -26,11 +27,14 @@ LAST = {
     "dora_scale": "magnitude",
     "lora_magnitude_vector": "magnitude",
     "magnitude": "magnitude",
-    "set_weight": "set_weight",
-    "reshape_weight": "reshape_weight",
 } | {
     name: name
     for name in (
+        *("set_weight", "reshape_weight", "diff_m", "initial_norm", "dora_multiplier"),
+        *("bias_indices", "bias_values", "bias_size", "lora_E", "ranknum"),
+        *("oft_blocks", "oft_diag", "oft_R", "oft_r", "boft_R", "boft_s", "ia3_l", "on_input"),
+        *("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B", "fourierft_spectrum", "hra_u"),
+        *("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"),
         *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     )
@@ -44,37 +48,69 @@ BEFORE_WEIGHT = {
     "lora_A": "down",
     "lora_B": "up",
     "lora_magnitude_vector": "magnitude",
+    "oft_R": "oft_R",
 }
 
-#: Words that only families write whose ΔW needs the base model or something else we lack.
+#: Beginnings of words that only families write which are not read.
 FOREIGN = {
-    "oft_blocks": "OFT",
-    "oft_diag": "OFT",
-    "oft_R": "OFT",
-    "boft_R": "BOFT",
-    "boft_s": "BOFT",
-    "ia3_l": "IA3",
-    "on_input": "IA3",
-    "vera_lambda_b": "VeRA",
-    "vera_lambda_d": "VeRA",
-    "vera_A": "VeRA",
-    "vera_B": "VeRA",
-    "fourierft_spectrum": "FourierFT",
-    "hra_u": "HRA",
-    "randlora_lambda": "RandLoRA",
-    "randlora_gamma": "RandLoRA",
-    "vblora_logits_A": "VB-LoRA",
-    "vblora_logits_B": "VB-LoRA",
-    "vblora_vector_bank": "VB-LoRA",
-    "unilora_theta_d": "UniLoRA",
-    "lora_E": "AdaLoRA",
-    "ranknum": "AdaLoRA",
-    "bias_indices": "LoRA with a sparse residual",
-    "bias_values": "LoRA with a sparse residual",
-    "bias_size": "LoRA with a sparse residual",
+    "vblora_": "VB-LoRA",
+    "unilora_": "UniLoRA",
+    "c3a_": "C3A",
+    "miss_block": "MiSS",
+    "bone_block": "Bone",
+    "shira_": "SHiRA",
+    "road_theta": "RoAd",
+    "road_alpha": "RoAd",
+    "delora_": "DeLoRA",
+    "waveft_": "WaveFT",
+    "gralora_": "GraLoRA",
+    "lily_": "Lily",
+    "psoft_": "PSOFT",
+    "hira_": "HiRA",
+    "tinylora_": "TinyLoRA",
+    "frod_": "FRoD",
+    "pvera_": "PVeRA",
+    "adamss_": "AdaMSS",
+    "peanut_": "PEANuT",
+    "osf_svd_params": "OSF",
+    "deft_": "DEFT",
+    "poly_lora_": "Poly",
+    "beft_bias": "BEFT",
+    "supertuning_": "SuperTuning",
+    "glora_": "PEFT's GLoRA",
+    "trainable_tokens_delta": "trainable tokens",
+    "oft_embedding_R": "OFT of an embedding",
+    "lambda_layer": "T-LoRA",
 }
+_FOREIGN = tuple(FOREIGN)
+#: Beginnings of words that PEFT alone writes.
+_PEFT = (
+    "lora_",
+    "W_",
+    "oft_R",
+    "oft_r",
+    "boft_",
+    "ia3_l",
+    "hra_",
+    "fourierft_",
+    "vera_",
+    "randlora_",
+)
 
+#: Words before ``.weight`` that mean something only where the first four stand together.
 GLORA = frozenset({"a1", "a2", "b1", "b2"})
+GLORA_WORDS = GLORA | {"bm"}
+
+#: T-LoRA's factors, beside its ``lambda_layer``.
+TLORA = ("q_layer", "p_layer")
+
+#: Last words that mean something only beside tensors of an adapter: word → (role, what must be
+#: there too; empty: anything).
+BESIDE = {
+    "weight": ("ia3_weight", "on_input"),
+    "rescale": ("rescale", "oft_blocks"),
+    "scale": ("scale", ""),
+}
 
 
 class Part(NamedTuple):
@@ -85,15 +121,46 @@ class Part(NamedTuple):
     style: str
 
 
+def split_all(names: Iterable[str]) -> dict[str, Part]:
+    """:func:`split` of every key of a file; a word can mean another thing beside others."""
+    parts = {key: split(key) for key in names}
+    roles: dict[str, set[str]] = {}
+    for part in parts.values():
+        if not part.role.startswith("plain"):
+            roles.setdefault(part.stem, set()).add(part.role)
+    for key, part in parts.items():
+        parts[key] = _beside(key, part, roles)
+    return parts
+
+
+def _beside(key: str, part: Part, roles: Mapping[str, set[str]]) -> Part:
+    """A part with regard to the roles of all stems."""
+    stem, _, last = key.rpartition(".")
+    if part.role in GLORA_WORDS and not roles[part.stem] >= GLORA:
+        return Part(stem, f"plain_{last}", "")
+    if not part.role.startswith("plain"):
+        return part
+    if last in BESIDE and stem in roles:
+        role, needed = BESIDE[last]
+        if not needed or needed in roles[stem]:
+            return Part(stem, role, "")
+    module, _, word = stem.rpartition(".")
+    if word in TLORA and "foreign" in roles.get(module, ()):
+        return Part(module, "foreign", FOREIGN["lambda_layer"])
+    return part
+
+
 def split(key: str) -> Part:
     """Take the suffix off a key. Role ``plain`` for a tensor that stands for itself."""
     stem, _, last = key.rpartition(".")
     if not stem:
         return _bare(key)
-    if last in FOREIGN:
-        return Part(stem, "foreign", FOREIGN[last])
+    if last.startswith(_FOREIGN):
+        return Part(stem, "foreign", _family(last))
     if last in LAST:
-        return _inner(stem, LAST[last], "peft" if last[:5] in ("lora_", "W_dow", "W_up") else "")
+        return _inner(stem, LAST[last], "peft" if last.startswith(_PEFT) else "")
+    if last == "scaled_oft" and stem.endswith(".oft_R"):
+        return Part(stem.removesuffix(".oft_R"), last, "peft")
     if last not in ("weight", "bias"):
         return _adapter_name(stem, last) or Part(key, "plain", "")
     module, _, word = stem.rpartition(".")
@@ -101,18 +168,18 @@ def split(key: str) -> Part:
     if role is not None and module:
         if last == "bias":
             return Part(module, f"{role}_bias", "peft")
-        return Part(module, role, "peft" if word in ("lora_A", "lora_B") else "kohya")
+        return Part(module, role, "peft" if word in PEFT_WORDS else "kohya")
     if word in ("down", "up") and module and last == "weight":
         return _diffusers(module, word)
-    if word in FOREIGN:
-        return Part(module, "foreign", FOREIGN[word])
-    if word in GLORA:
+    if word.startswith(_FOREIGN) and module:
+        return Part(module, "foreign", _family(word))
+    if word in GLORA_WORDS and last == "weight" and module:
         return Part(module, word, "")
     for ending, role in (("_lora_down", "down"), ("_lora_up", "up"), ("_lora_mid", "mid")):
         if stem.endswith(ending) and last == "weight":
             return Part(stem.removesuffix(ending), role, "kohya")
     named = _adapter_name(module, word)
-    if named is not None and named.role in ("down", "up", "magnitude"):
+    if named is not None and named.role in ("down", "up", "magnitude", "oft_R"):
         return named if last == "weight" else Part(named.stem, f"{named.role}_bias", "peft")
     return Part(stem, f"plain_{last}", "")
 
@@ -162,13 +229,22 @@ def _processor(module: str) -> str:
 def _adapter_name(stem: str, name: str) -> Part | None:
     """``<M>.lora_A.<adapter>``: PEFT before it takes the adapter's name off."""
     module, _, word = stem.rpartition(".")
+    if module and word.startswith(_FOREIGN):
+        return Part(module, "foreign", _family(word))
     role = BEFORE_WEIGHT.get(word) or LAST.get(word)
     if role is None or not module or word not in PEFT_WORDS or name in LAST:
         return None
     return Part(module, role, "peft")
 
 
+def _family(word: str) -> str:
+    return next(name for start, name in FOREIGN.items() if word.startswith(start))
+
+
+#: Words after which PEFT writes the adapter's name, until it takes it off.
 PEFT_WORDS = frozenset(
-    {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
-    | {name for name in LAST if name.startswith(("hada_", "lokr_"))}
+    {"lora_A", "lora_B", "lora_E", "ranknum", "lora_embedding_A", "lora_embedding_B"}
+    | {"lora_magnitude_vector", "oft_R", "oft_r", "boft_R", "boft_s", "ia3_l", "hra_u"}
+    | {"fourierft_spectrum"}
+    | {name for name in LAST if name.startswith(("hada_", "lokr_", "vera_", "randlora_"))}
 )

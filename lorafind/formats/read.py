@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafind.files import pickled, safetensors, sidecars
-from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.outcome import NotAnAdapter, one_line
 from lorafind.files.safetensors import (
     FLOATS,
     STREAM_ABOVE,
@@ -51,6 +52,9 @@ class Reading:
     data_sha256: str | None = None
     content: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", one_line(self.reason))
+
 
 def read(
     path: Path,
@@ -73,11 +77,9 @@ def read(
         return _read_whole(path, config, buffer, visit)
     except NotAnAdapter as error:
         return Reading(error.outcome, error.reason)
-    except FileNotFoundError:
-        return Reading("vanished", f"{os.path.basename(path)} is no longer there")
     except OSError as error:
-        why = error.strerror or str(error)
-        return Reading("inaccessible", f"{os.path.basename(path)} cannot be read: {why}")
+        told = safetensors.refused(path, error)
+        return Reading(told.outcome, told.reason)
 
 
 def open_adapter(path: Path, allow_pickle: bool = False) -> Adapter:
@@ -109,7 +111,7 @@ def _read_whole(
         plan = plan_of(header, config)
 
     stored = safetensors.load(path, buffer, check)
-    keys = [key for module in plan.modules for key in module.keys]
+    keys = dict.fromkeys(key for module in plan.modules for key in module.keys)
     finite = all(all_finite(t) for t in runs(stored.header, stored.data, keys))
     reading = Reading(
         "lora",
@@ -127,7 +129,7 @@ def _read_pickled(
     found = pickled.load(path, allow_pickle)
     plan = plan_of(found.header, config)
     fetch = found.tensors.__getitem__
-    keys = [key for module in plan.modules for key in module.keys]
+    keys = dict.fromkeys(key for module in plan.modules for key in module.keys)
     finite = all(all_finite(fetch(k)) for k in keys if found.header.tensors[k].dtype in FLOATS)
     reading = Reading(
         "lora",
@@ -149,11 +151,11 @@ def _read_stream(path: Path, config: Mapping[str, Any] | None, visit: Visit | No
         missing[module.name] = len(module.keys)
         for key in module.keys:
             owners.setdefault(key, []).append(module)
+    # The parts of a fused layer share their tensors: the last one lets go of them.
+    wanted = {key: len(modules) for key, modules in owners.items()}
     held: dict[str, Tensor] = {}
     finite = True
-    for key, raw in stream:
-        if key not in owners:
-            continue
+    for key, raw in stream.read(owners):
         tensor = as_tensor(header.tensors[key], raw)
         finite = finite and (header.tensors[key].dtype not in FLOATS or all_finite(tensor))
         held[key] = tensor
@@ -163,7 +165,9 @@ def _read_stream(path: Path, config: Mapping[str, Any] | None, visit: Visit | No
                 if visit is not None:
                     visit(module, module.bind(_or_disk(held, path, header)))
                 for used in module.keys:
-                    del held[used]
+                    wanted[used] -= 1
+                    if not wanted[used]:
+                        del held[used]
     reading = Reading(
         "lora",
         header=header,
@@ -192,7 +196,8 @@ def _judge(
         bad = next((m.name for m in plan.modules if not m.bind(fetch).is_finite()), "a module")
         why = f"its numbers at {bad} are not all finite (NaN or infinite): it is broken"
         return replace(reading, outcome="invalid", reason=why, plan=plan)
-    off = sum(fetch(m.alpha).item() == 0 for m in plan.modules if m.alpha is not None)
+    alphas = Counter(m.alpha for m in plan.modules if m.alpha is not None)
+    off = sum(count for alpha, count in alphas.items() if fetch(alpha).item() == 0)
     if off:
         said = f"alpha is 0 in {off} modules: read as alpha = rank, which is what trainers mean"
         plan = replace(plan, notes=(*plan.notes, said))

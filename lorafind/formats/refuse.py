@@ -15,7 +15,7 @@ SIGNS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "controlnet",
         "it is a ControlNet, which steers the picture and is no style",
         (
-            *("lora_controlnet", "lllite_unet", "control_model.", "input_hint_block"),
+            *("lora_controlnet", "lllite_", "control_model.", "input_hint_block"),
             *("zero_convs.", "controlnet_cond_embedding", "controlnet_down_blocks"),
             "controlnet_blocks",
         ),
@@ -57,6 +57,8 @@ def without_modules(tensors: Mapping[str, Sequence[int]]) -> NotAnAdapter:
         return NotAnAdapter("hypernetwork", "it is a hypernetwork, not a LoRA")
     if any(n.startswith(VAE) for n in names) and all(n.startswith(VAE_PARTS) for n in names):
         return NotAnAdapter("vae", "it is a VAE, not a LoRA")
+    if any("motion_modules." in name for name in names):
+        return NotAnAdapter("checkpoint", "it is a motion module of AnimateDiff, not an adapter")
     if any(name.startswith(CHECKPOINT) for name in names):
         return NotAnAdapter("checkpoint", "it is a model or a part of one, not an adapter")
     if any(name.endswith((".weight", ".bias")) for name in names):

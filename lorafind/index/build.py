@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lorafind.files.safetensors import STREAM_ABOVE
 from lorafind.files.scan import Found, ScanReport, join, probe, scan
 from lorafind.index.classes import series_of
 from lorafind.index.finish import finish
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 BUDGET = 320 * 2**20
 #: A batch is committed after this many seconds.
 COMMIT_SECONDS = 1.0
+#: Seconds after which an interrupted run no longer waits for its readers.
+PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -169,15 +172,25 @@ def _read_all(
     watch.stage("Reading", len(reads), sum(read.found.size for read in reads))
     contents = store.contents(VERSION)
     reasons = {read.found: read.why for read in reads}
-    with workers(reads, choose(device), allow_pickle, contents.__contains__) as results:
-        waiting: list[Examined] = []
+    waiting: list[Examined] = []
+
+    def write() -> None:
+        _write(store, waiting, contents, reasons, watch, summary)
+        waiting.clear()
+
+    def idle() -> None:
+        # A drive may be slow, or hang: what is finished is kept, and the clock goes on.
+        write()
+        watch.advance(0, 0)
+
+    with workers(reads, choose(device), allow_pickle, contents.__contains__, idle=idle) as results:
         deadline = time.monotonic() + COMMIT_SECONDS
         for done in results:
             waiting.append(done)
             if time.monotonic() > deadline:
-                _write(store, waiting, contents, reasons, watch, summary)
-                waiting, deadline = [], time.monotonic() + COMMIT_SECONDS
-        _write(store, waiting, contents, reasons, watch, summary)
+                write()
+                deadline = time.monotonic() + COMMIT_SECONDS
+        write()
 
 
 def _write(
@@ -219,6 +232,12 @@ def _put_lora(store: Store, lora: Lora, contents: dict[str, int], fresh: dict[st
         assert known is not None
         return known
     assert lora.norms is not None and lora.identity is not None and lora.signature is not None
+    old = store.conn.execute(
+        "SELECT id, architecture FROM loras WHERE content = ?", (lora.content,)
+    ).fetchone()
+    if old is not None and old[1] != lora.architecture:
+        # An older version took it for another model's: it must not stay among those.
+        store.chunks.delete([old[0]])
     layout = store.put_layout(lora.architecture, lora.modules)
     facts = LoraFacts(
         content=lora.content,
@@ -253,8 +272,11 @@ def workers(
     allow_pickle: bool,
     is_known: Callable[[str], bool],
     linear: bool = False,
+    idle: Callable[[], None] | None = None,
 ) -> Iterator[Iterator[Examined]]:
     """Results of :func:`examine` in the order in which they are finished.
+
+    idle: called in this thread once in COMMIT_SECONDS while none is finished.
 
     One thread more than cores read and hash (both leave the interpreter free); at most one
     per core, or one for a GPU, does arithmetic, each on one thread of its own.
@@ -272,7 +294,8 @@ def workers(
 
     def work() -> None:
         while not stop.is_set() and (read := todo.get()) is not None:
-            size = min(read.found.size, BUDGET)
+            # Beside a file that is streamed, perhaps from a slow drive, others go on.
+            size = BUDGET // 2 if read.found.size > STREAM_ABOVE else read.found.size
             buffer = buffers.take(size)
             try:
                 done.put(
@@ -294,7 +317,9 @@ def workers(
 
     def results() -> Iterator[Examined]:
         for _ in reads:
-            result = done.get()
+            while (result := _next(done)) is None:
+                if idle is not None:
+                    idle()
             if isinstance(result, BaseException):
                 raise result
             yield result
@@ -315,6 +340,18 @@ def workers(
         stop.set()
         for _ in pool:
             todo.put(None)
+        # Where all is done they are at their end; where not, one may wait for a drive that hangs.
+        deadline = time.monotonic() + PATIENCE
         for thread in pool:
-            thread.join()
+            thread.join(max(0.0, deadline - time.monotonic()))
         torch.set_num_threads(threads)
+
+
+def _next(
+    done: queue.SimpleQueue[Examined | BaseException],
+) -> Examined | BaseException | None:
+    """The next result, None after COMMIT_SECONDS without one."""
+    try:
+        return done.get(timeout=COMMIT_SECONDS)
+    except queue.Empty:
+        return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lorafind.formats.architectures import candidates
 from lorafind.index.rows import Module
 from lorafind.index.store import Store
 
@@ -19,10 +20,8 @@ OTHER = "other:"
 #: The share of a layout's modules that a class must have for the layout to join it.
 SHARED = 0.5
 
-
-def kinds(architecture: str) -> tuple[str, ...]:
-    """The architectures that a LoRA may be of: ``sd1|sd2`` cannot be told apart by its modules."""
-    return tuple(architecture.split("|"))
+#: The architectures that a LoRA may be of.
+kinds = candidates
 
 
 def comparable(a: str, b: str) -> bool:
@@ -33,10 +32,10 @@ def comparable(a: str, b: str) -> bool:
 def series_of(architecture: str) -> str:
     """The key of the identity series of an architecture.
 
-    The U-Nets of Stable Diffusion share one, as a LoRA may leave open which of them it is for;
-    unknown models share another.
+    All known models share one (called after those that were there first), as a LoRA may leave open
+    which of them it is for; unknown models share another.
     """
-    return "sd" if architecture.startswith("sd") else architecture.partition(":")[0]
+    return "other" if architecture.startswith(OTHER) else "sd"
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -17,15 +18,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorafind.files import sidecars
+from lorafind.files import safetensors, sidecars
+from lorafind.files.outcome import NotAnAdapter, one_line
 from lorafind.files.safetensors import STREAM_ABOVE
 from lorafind.files.scan import Found, probe
+from lorafind.files.sniff import is_pickled
+from lorafind.files.tensors import DTYPES
 from lorafind.formats.adapter import ModulePlan
 from lorafind.formats.delta import Delta
 from lorafind.formats.groups import GROUPS
 from lorafind.formats.read import Reading, read
 from lorafind.index.rows import Module, StoredSignature
-from lorafind.signatures.constants import IDENTITY, SIGNATURE_VERSION
+from lorafind.signatures.constants import IDENTITY, SIGNATURE_VERSION, TOO_LARGE
 from lorafind.signatures.features import Signature, signature
 from lorafind.signatures.sketch import Sketcher
 
@@ -86,9 +90,9 @@ def examine(
 ) -> Examined:
     """Read a file and sketch what it holds; never raises for bad input.
 
-    gate: held during the arithmetic, not during the reading. is_known: content → True where the
-    index holds its signature, which is then not made again. linear: the signature is of ΔW itself
-    instead of style; the index keeps none such.
+    gate: held during the arithmetic, never while a file is waited for. is_known: content → True
+    where the index holds its signature, which is then not made again. linear: the signature is of
+    ΔW itself instead of style; the index keeps none such.
     """
     path = os.fsdecode(found.full)
     read_ns = time.time_ns()
@@ -97,64 +101,60 @@ def examine(
         mark = probe(found.full)
     except OSError:
         mark = None
-    with sketching:
-        streamed = found.size > STREAM_ABOVE
+    streamed = found.size > STREAM_ABOVE
+    lora = None
+    try:
         reading = read(path, allow_pickle, buffer, sketching.visit if streamed else None)
-        lora = None
         if reading.outcome == "lora":
             made = _make(path, reading, sketching, streamed, is_known)
             if isinstance(made, Lora):
                 lora = made
             else:
                 reading = Reading(*made, sha256=reading.sha256)
+    except NotAnAdapter as error:
+        # A large file is read again for what does not fit the one pass: it may be another by then.
+        reading = Reading(error.outcome, error.reason)
+    except Exception as error:
+        # One file must not keep all others from being indexed, be it by a fault of ours.
+        what = one_line(f"{type(error).__name__}: {error}")
+        reading = Reading("failed", f"lorafind failed on {os.path.basename(path)}: {what}")
     return Examined(
         found, links, reading.outcome, reading.reason, reading.sha256, mark, read_ns, lora
     )
 
 
 class _Sketching:
-    """A Sketcher that takes the gate when the first module comes."""
+    """A Sketcher that takes the gate for its arithmetic."""
 
     def __init__(
         self, device: torch.device, gate: AbstractContextManager[Any], linear: bool
     ) -> None:
         self.device = device
         self.sketcher = Sketcher(device, linear)
-        self._gate = gate
-        self._entered = False
+        self.gate = gate
         self._waiting: list[tuple[Any, Delta]] = []
         self._bytes = 0
         self.scales: list[tuple[str, float]] = []
         self.alphas: list[str] = []
-
-    def __enter__(self) -> _Sketching:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._entered:
-            self._gate.__exit__(None, None, None)
-
-    def enter(self) -> None:
-        """Take the gate, once."""
-        if not self._entered:
-            self._gate.__enter__()
-            self._entered = True
+        self.ranks: list[str] = []
 
     def visit(self, module: ModulePlan, delta: Delta) -> None:
         """Take a module in."""
         if module.alpha is not None and not module.place.vector:
-            self.alphas.append(f"{delta.scale * module.rank:g}")
+            self.alphas.append(f"{delta.scale * delta.rank:g}")
         elif delta.scale != 1.0:
             self.scales.append((module.name, delta.scale))
+        if not module.place.vector:
+            self.ranks.append(str(delta.rank))
         self._waiting.append((module.place, delta))
-        self._bytes += 4 * module.rank * sum(module.shape)
+        self._bytes += 4 * delta.rank * sum(delta.shape)
         if self._bytes > _BATCH:
             self.flush()
 
     def flush(self) -> None:
         """Sketch what has been taken in."""
-        self.enter()
-        self.sketcher.add(self._waiting)
+        with self.gate:
+            self.sketcher.add(self._waiting)
         self._waiting, self._bytes = [], 0
 
 
@@ -183,21 +183,24 @@ def _make(
         plan.architecture,
         plan.family,
         plan.spelling,
-        _histogram(str(m.rank) for m in plan.modules if not m.place.vector),
+        _histogram(sketching.ranks),
         _histogram(sketching.alphas),
         adapter.dtype,
         adapter.effective_dtype,
         facts,
         list(plan.notes),
         plan.unknown_keys,
-        {name: _digest(adapter.extra(name)) for name in plan.extras},
+        _digests(path, reading, streamed),
     )
     if not streamed and is_known(content):
         return lora
     sketching.flush()
-    made = signature(sketching.sketcher)
-    if not np.isfinite(made.norms).all():
-        bad = made.places[int(np.flatnonzero(~np.isfinite(made.norms))[0])].name
+    with sketching.gate:
+        made = signature(sketching.sketcher)
+    # NaN, of infinity times zero, compares as false.
+    large = np.flatnonzero(~(made.norms < TOO_LARGE))
+    if large.size:
+        bad = made.places[int(large[0])].name
         return "invalid", f"its numbers at {bad} are too large to be weights: it is broken"
     shapes = {m.name: m.shape for m in plan.modules}
     order = sorted(
@@ -247,11 +250,27 @@ def _histogram(values: Any) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    """SHA-256 over dtype, shape and bytes."""
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(head + raw.tobytes()).hexdigest()
+def _digests(path: str, reading: Reading, streamed: bool) -> dict[str, str]:
+    """SHA-256 over dtype, shape and bytes of every extra; a large file's are never held."""
+    assert reading.adapter is not None and reading.header is not None
+    plan, header = reading.adapter.plan, reading.header
+    found = {}
+    for name, key in plan.extras.items():
+        info = header.tensors[key]
+        if not streamed or is_pickled(path) or info.dtype not in DTYPES:
+            tensor = reading.adapter.extra(name).contiguous()
+            digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            start, stop = plan.cuts.get(name, (0, info.shape[0] if info.shape else 1))
+            shape = (stop - start, *info.shape[1:]) if info.shape else ()
+            row = (info.end - info.begin) // max(1, math.prod(info.shape[:1]))
+            digest = hashlib.sha256(f"{DTYPES[info.dtype]}{shape}".encode())
+            begin, end = info.begin + start * row, info.begin + stop * row
+            for piece in safetensors.pieces(path, header, begin, end):
+                digest.update(piece)
+        found[name] = digest.hexdigest()
+    return found
 
 
 def _identity(made: Signature) -> np.ndarray:

@@ -23,7 +23,7 @@ from lorafind.files.scan import Found, ScanReport, Target, join
 from lorafind.index.rows import Known
 
 #: Outcomes that time may heal.
-RETRY = frozenset({"changing", "vanished", "inaccessible"})
+RETRY = frozenset({"changing", "vanished", "inaccessible", "failed"})
 #: Outcomes that the scan gives without reading.
 UNREAD = frozenset({"pickle", "not-a-file"})
 #: FAT stamps times in steps of two seconds.

@@ -52,6 +52,12 @@ def explained(x: Delta, y: Delta, dtype: str, candidates: tuple[float, ...]) -> 
         return ()
     if any(ours[role].numel() != theirs[role].numel() for role in ours):
         return ()
+    # The same numbers in Kronecker factors of other shapes are another product.
+    if x.family == "lokr" and any(ours[role].shape != theirs[role].shape for role in ours):
+        return ()
+    if any(role.endswith("-1") for role in ours):
+        # Of factors less 1, c times the factors is not c times the difference.
+        candidates = ()
     target = DTYPES[dtype]
     found = []
     ratio = y.scale / x.scale
@@ -68,9 +74,9 @@ def explained(x: Delta, y: Delta, dtype: str, candidates: tuple[float, ...]) -> 
 
 
 def _rounded_scale(x: Delta, dtype: torch.dtype) -> float:
-    """Scale of x after its alpha (scale · rank) was rounded with the rest."""
-    alpha = torch.tensor(x.scale * x.rank, dtype=F64).to(dtype)
-    return float(alpha) / x.rank
+    """Scale of x after its alpha (scale · divisor) was rounded with the rest."""
+    alpha = torch.tensor(x.scale * x.divisor, dtype=F64).to(dtype)
+    return float(alpha) / x.divisor
 
 
 def _folds(roles: tuple[str, ...], total: float) -> Iterator[dict[str, float]]:

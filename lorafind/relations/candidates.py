@@ -21,7 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 #: Version of candidates and proofs: relations of another one are looked for again.
-RELATION_VERSION = 1
+RELATION_VERSION = 2
 SIGMAS = 6.5
 LEAST_COSINE = 0.2
 SEGMENT_COSINE = 0.75
@@ -32,6 +32,8 @@ DIMENSIONS = 128
 #: Rows of one side that are kept converted, and the edge of a tile.
 _ROWS = 4096
 _TILE = 512
+#: Names of modules that are looked at together.
+_NAMES = 4096
 
 
 @dataclass
@@ -57,14 +59,57 @@ def candidates(
     new: positions whose pairs are wanted (with everything); None for all.
     """
     seen: set[tuple[int, int]] = set()
+    common = _Common(known, layouts)
     wanted = (
         np.ones(len(known.ids), bool) if new is None else np.isin(np.arange(len(known.ids)), new)
     )
-    for found in (*_by_sketch(known, layouts, wanted), *_by_profile(known, layouts, wanted)):
+    for found in (*_by_sketch(known, layouts, common, wanted), *_by_profile(known, common, wanted)):
         fresh = [pair for i, j in found if (pair := (max(i, j), min(i, j))) not in seen]
         seen.update(fresh)
         if fresh:
             yield np.array(sorted(set(fresh)))
+
+
+class _Common:
+    """What the layouts in use have in common.
+
+    layouts: their ids, those of one model side by side; names: of the modules of each; shared: how
+    many modules two of them have in common, float32.
+    """
+
+    def __init__(self, known: Identities, layouts: Mapping[int, list[str]]) -> None:
+        used = np.unique(known.layouts).tolist()
+        # A text encoder is that of many models: what stands beside it tells them apart.
+        first = {k: min(layouts[k], key=lambda n: (n[:2] == "te", n), default="") for k in used}
+        self.layouts = sorted(used, key=lambda k: (first[k], k))
+        self.names = [layouts[k] for k in self.layouts]
+        self.row = {k: i for i, k in enumerate(self.layouts)}
+        vocabulary: dict[str, int] = {}
+        columns = [
+            np.array([vocabulary.setdefault(name, len(vocabulary)) for name in names], np.int64)
+            for names in self.names
+        ]
+        self.shared = np.zeros((len(used), len(used)), np.float32)
+        # Models do not share many names: a block of them concerns few layouts.
+        for start in range(0, len(vocabulary), _NAMES):
+            inside = [c[(c >= start) & (c < start + _NAMES)] - start for c in columns]
+            rows = np.array([row for row, c in enumerate(inside) if len(c)], np.int64)
+            has = np.zeros((len(rows), _NAMES), np.float32)
+            for k, row in enumerate(rows.tolist()):
+                has[k, inside[row]] = 1.0
+            self.shared[np.ix_(rows, rows)] += has @ has.T
+        self._all_meet = bool(self.shared.all())
+
+    def rows(self, layouts: np.ndarray) -> np.ndarray:
+        """Places in ``layouts`` of the layouts of some LoRAs."""
+        return np.array([self.row[k] for k in layouts.tolist()], np.int64)
+
+    def meet(self, a: np.ndarray, b: np.ndarray) -> bool:
+        """True where any two of these layouts have a module in common."""
+        if self._all_meet:
+            return True
+        ours, theirs = (self.rows(np.unique(x)) for x in (a, b))
+        return bool(self.shared[np.ix_(ours, theirs)].any())
 
 
 @dataclass
@@ -87,7 +132,7 @@ class _Rows:
 
 
 def _by_sketch(
-    known: Identities, layouts: Mapping[int, list[str]], wanted: np.ndarray
+    known: Identities, layouts: Mapping[int, list[str]], common: _Common, wanted: np.ndarray
 ) -> Iterator[list[tuple[int, int]]]:
     total = np.sqrt((known.norms**2).sum(1, keepdims=True))
     share = np.divide(known.norms, total, out=np.zeros_like(known.norms), where=total > 0)
@@ -99,16 +144,20 @@ def _by_sketch(
         return _Rows(where, unit, share[:, where], known.layouts[where])
 
     # LoRAs of one layout side by side make tiles for which the quick test is enough.
-    order = np.argsort(known.layouts, kind="stable")
+    order = np.argsort(common.rows(known.layouts), kind="stable")
     mine, rest = order[wanted[order]], order[~wanted[order]]
 
     def column(left: _Rows, start: int, others: np.ndarray, first: int) -> list[tuple[int, int]]:
         """Candidates between all rows of ``left`` and one tile of the others."""
-        right = rows(others[first : first + _TILE])
+        where = others[first : first + _TILE]
+        if not common.meet(left.layouts, known.layouts[where]):
+            return []
+        right = rows(where)
         return [
             pair
             for offset in range(0, len(left.where), _TILE)
             if others is rest or start + offset <= first
+            if common.meet(left.layouts[offset : offset + _TILE], right.layouts)
             for pair in _tile(known, layouts, left.part(offset), right)
         ]
 
@@ -168,24 +217,16 @@ def _common(known: Identities, layouts: Mapping[int, list[str]], x: int, y: int)
 
 
 def _by_profile(
-    known: Identities, layouts: Mapping[int, list[str]], wanted: np.ndarray
+    known: Identities, common: _Common, wanted: np.ndarray
 ) -> Iterator[list[tuple[int, int]]]:
-    present = [k for k in layouts if (known.layouts == k).any()]
-    vocabulary: dict[str, int] = {}
-    for k in present:
-        for name in layouts[k]:
-            vocabulary.setdefault(name, len(vocabulary))
-    has = np.zeros((len(present), len(vocabulary)), np.float32)
-    for row, k in enumerate(present):
-        has[row, [vocabulary[name] for name in layouts[k]]] = 1.0
-    shared, sizes = has @ has.T, has.sum(1)
+    shared, sizes = common.shared, np.array([len(names) for names in common.names], np.float32)
     for small, large in np.argwhere((shared == sizes[:, None]) & (sizes[:, None] < sizes)).tolist():
         if sizes[small] < PROFILE_MODULES:
             continue
-        order = {name: i for i, name in enumerate(layouts[present[large]])}
-        columns = [order[name] for name in layouts[present[small]]]
-        part = np.flatnonzero(known.layouts == present[small])
-        whole = np.flatnonzero(known.layouts == present[large])
+        order = {name: i for i, name in enumerate(common.names[large])}
+        columns = [order[name] for name in common.names[small]]
+        part = np.flatnonzero(known.layouts == common.layouts[small])
+        whole = np.flatnonzero(known.layouts == common.layouts[large])
         y = _profile([known.modules[i] for i in part])
         for start in range(0, len(whole), _ROWS):
             block = whole[start : start + _ROWS]

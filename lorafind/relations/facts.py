@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,15 +32,24 @@ class Extras:
     """
 
     def __init__(self, x: Adapter, y: Adapter) -> None:
-        ours, theirs = x.plan.extras, y.plan.extras
+        ours, theirs = _acting(x), _acting(y)
         self.x_only = [name for name in ours if name not in theirs]
         self.y_only = [name for name in theirs if name not in ours]
         self.clash = [
             name
             for name in ours
-            if name in theirs and not _agree(x.extra(name), y.extra(name), x, y)
+            if name in theirs and not _agree(ours[name](), theirs[name](), x, y)
         ]
         self.x_unread, self.y_unread = _unread(x, y), _unread(y, x)
+
+
+def _acting(adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
+    """What acts beside ΔW, by name; the second writing of a layer, which programs may add, too."""
+    named: dict[str, Callable[[], Tensor]] = {
+        name: partial(adapter.extra, name) for name in adapter.plan.extras
+    }
+    twice = set(adapter.plan.unread_keys) - set(adapter.plan.unknown_keys)
+    return named | {key: partial(adapter.fetch, key) for key in twice}
 
 
 def _unread(x: Adapter, y: Adapter) -> list[str]:
@@ -143,11 +153,15 @@ def spread(values: Iterable[int]) -> int | str | None:
 
 
 def differences(
-    x: Adapter, y: Adapter, active: tuple[set[str], set[str]], extras: Extras | None
+    x: Adapter,
+    y: Adapter,
+    active: tuple[set[str], set[str]],
+    ranks: tuple[set[int], set[int]],
+    extras: Extras | None,
 ) -> dict[str, list[Any]]:
     """Facts that are not the same, as [of x, of y] (see Relation.differs).
 
-    active: names of the modules of each whose ΔW is not zero.
+    active: names of the modules of each whose ΔW is not zero; ranks: of all modules of each.
     """
     facts: dict[str, list[Any]] = {
         "dtype": [x.dtype, y.dtype],
@@ -155,7 +169,7 @@ def differences(
         "spelling": [x.plan.spelling, y.plan.spelling],
         "family": [x.plan.family, y.plan.family],
         "architecture": [x.plan.architecture, y.plan.architecture],
-        "rank": [spread(m.rank for m in a.plan.modules) for a in (x, y)],
+        "rank": [spread(of) for of in ranks],
         "modules": [len(names) for names in active],
         "text encoder": [
             any(m.name in names and m.place.group == "text" for m in a.plan.modules)

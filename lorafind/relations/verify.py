@@ -9,7 +9,7 @@ rest of the modules give inner products only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 
 from lorafind.formats.adapter import Adapter, Place
@@ -81,7 +81,7 @@ def prove(x: Adapter, y: Adapter, *, same_file: bool = False) -> Relation | None
     side = max(order)[-1]
     proof = proofs[side]
     symmetric = not proof.steps and len(proofs) == 2 and dominates["x"] == dominates["y"]
-    differs = differences(x, y, found.active, extras)
+    differs = differences(x, y, found.active, found.ranks, extras)
     return Relation(
         grade=proof.grade,
         larger=None if symmetric else side,
@@ -128,6 +128,8 @@ class Evidence:
 
     matches: modules of both plans, as long as a proof was possible. x_only, y_only: ‖ΔW_m‖² of
     modules of one plan alone, zeros left out. alive[s]: nothing yet speaks against s as the larger.
+    ranks: of the modules of x and of y. fixed: modules of parameters, which no factor or lower rank
+    makes of others.
     """
 
     def __init__(self, x: Adapter, y: Adapter) -> None:
@@ -136,21 +138,31 @@ class Evidence:
         ours, theirs = ({m.name: m.shape for m in a.plan.modules} for a in (x, y))
         common = [name for name in ours if theirs.get(name) == ours[name]]
         shared = set(common)
+        self.ranks: tuple[set[int], set[int]] = (set(), set())
         one, two = x.modules, y.modules
         self.x_only, self.y_only = (
-            {n: norm for n in names - shared if (norm := squared_norm(bound[n]))}
-            for names, bound in ((ours.keys(), one), (theirs.keys(), two))
+            {n: norm for n in names - shared if (norm := self._alone(bound[n], side))}
+            for side, (names, bound) in enumerate(((ours.keys(), one), (theirs.keys(), two)))
         )
+        self.fixed = {m.name for m in x.plan.modules if m.parameters}
         self.alive: dict[Side, bool] = {"x": not self.y_only, "y": not self.x_only}
         self.matches: dict[str, Match] = {}
         self.overlaps: dict[str, Overlap] = {}
         for name in common:
+            pair = one[name], two[name]
+            for seen, delta in zip(self.ranks, pair, strict=True):
+                seen.add(delta.rank)
             if any(self.alive.values()):
-                match = self._match(one[name], two[name])
+                match = self._match(*pair)
                 self.matches[name] = match
                 self.overlaps[name] = Overlap(match.xx, match.yy, match.xy, match.chance)
             else:
-                self.overlaps[name] = overlap(one[name], two[name])
+                self.overlaps[name] = overlap(*pair)
+
+    def _alone(self, delta: Delta, side: int) -> float:
+        """‖ΔW‖² of a module that one adapter alone has."""
+        self.ranks[side].add(delta.rank)
+        return squared_norm(delta)
 
     def _match(self, x: Delta, y: Delta) -> Match:
         match = measure(
@@ -230,7 +242,7 @@ class Evidence:
             cosine=cosine,
             factor=0.0,
             shares=self.shares,
-            differs=differences(self.x, self.y, self.active, extras),
+            differs=differences(self.x, self.y, self.active, self.ranks, extras),
             chance=chance,
         )
 
@@ -242,7 +254,7 @@ class Evidence:
         if not pairs:
             return None
         for factors, resize, bits in _hypotheses(pairs):
-            fits = _fit(matches, factors, resize, bits)
+            fits = _fit(matches, factors, resize, bits, self.fixed)
             if fits is None:
                 continue
             dropped = [n for n, m in matches.items() if m.xx and n not in fits] + list(only)
@@ -396,7 +408,7 @@ def _always(c: float) -> Factors:
 
 
 def _fit(
-    matches: dict[str, Match], factors: Factors, resize: bool, bits: bool
+    matches: dict[str, Match], factors: Factors, resize: bool, bits: bool, fixed: Container[str]
 ) -> dict[str, Fit] | None:
     """Fits of all modules that the smaller adapter has, None where one fails.
 
@@ -408,8 +420,9 @@ def _fit(
     for name, m in matches.items():
         if not m.xx and not m.yy:
             continue
-        choices = factors(m) if m.xx and m.yy else [1.0]
-        tried = [fit for c in choices if (fit := _fitted(m, c, resize, bits))]
+        free = name not in fixed
+        choices = factors(m) if m.xx and m.yy and free else [1.0]
+        tried = [fit for c in choices if (fit := _fitted(m, c, resize and free, bits))]
         if not tried:
             if m.yy:
                 return None

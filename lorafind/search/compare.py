@@ -19,6 +19,7 @@ from lorafind.bases.collection import SPACES, WEIGHTS
 from lorafind.files import sidecars
 from lorafind.files.outcome import NotAnAdapter
 from lorafind.formats.adapter import Place
+from lorafind.formats.architectures import candidates
 from lorafind.formats.groups import GROUPS
 from lorafind.search import words
 
@@ -133,7 +134,8 @@ class _Side:
         ranks: dict[int, int] = {}
         for module in plan.modules:
             if module.name in active and not module.place.vector:
-                ranks[module.rank] = ranks.get(module.rank, 0) + 1
+                rank = module.bind(self.adapter.fetch).rank
+                ranks[rank] = ranks.get(rank, 0) + 1
         return {
             "path": os.fspath(self.path),
             "name": sidecars.display_name(self.path, self.beside, self.facts),
@@ -159,10 +161,10 @@ def _why(path: Path, reading: Reading) -> str:
 
 
 def _comparable(one: str, two: str, meet: bool) -> bool:
-    """Candidates are written ``sd1|sd2``; models without a table are one where modules meet."""
+    """Models without a table are one where modules meet."""
     if one.startswith("other:") and two.startswith("other:"):
         return meet or one == two
-    return bool(set(one.split("|")) & set(two.split("|")))
+    return not set(candidates(one)).isdisjoint(candidates(two))
 
 
 def _equal(one: str | None, two: str | None) -> bool | None:

@@ -9,23 +9,17 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorafind.files import hashes, safetensors, sidecars
-from lorafind.files.outcome import NotAnAdapter
-from lorafind.files.safetensors import Header
-from lorafind.files.sniff import is_pickled
+from lorafind.files import sidecars
+from lorafind.files.header import Header
 from lorafind.formats.adapter import ModulePlan, Plan
+from lorafind.formats.architectures import candidates
 from lorafind.formats.groups import GROUPS
-from lorafind.formats.plan import plan_of, weights_of
-
-if TYPE_CHECKING:
-    from lorafind.formats.adapter import Adapter
-    from lorafind.formats.delta import Delta
-    from lorafind.formats.read import Reading
+from lorafind.formats.plan import weights_of
+from lorafind.search.looking import Looked, Weighed, all_of, finite, header_of, magnitudes_of
 
 #: Outcomes of files that were read and understood; every other is a file that could not be read.
 UNDERSTOOD = frozenset(
@@ -34,6 +28,8 @@ UNDERSTOOD = frozenset(
         *("controlnet", "unsupported"),
     }
 )
+#: Kinds of :attr:`Plan.keys`.
+KINDS = ("module", "extra", "leftover", "orphan", "unknown")
 #: What of adapter_config.json is shown.
 SETTINGS = (
     *("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "use_dora", "init_lora_weights"),
@@ -55,154 +51,137 @@ def info(
     dtype, hashes and the outcomes ``zero`` and ``invalid`` are then not known. keys: say of every
     key how it was understood. modules: list every module even where all are alike.
 
-    Fields, None (or empty) where they are not known:
-      path, outcome (``lora`` or what the file is instead), reason (one sentence), read (``all`` or
-      ``header``), size (bytes), name (for people);
-      architecture, family, spelling as in :class:`Plan`; rank (None where it varies), ranks (rank →
-      number of modules), alpha (None where none is stored or it varies), alphas (alpha or ``none``
-      → number of modules), scale (None where it varies; scale multiplies B·A);
-      modules (their number), zero_modules (those with ΔW = 0), per_module (list of name, group,
-      family, shape, rank, alpha, scale, norm; where rank or alpha vary, or on request);
-      norm (‖ΔW‖, Frobenius), groups (group → modules, norm, share of ‖ΔW‖²), components (the same);
-      dtype, effective_dtype (the coarsest through which the weights round-trip);
-      facts (training, from the header; as in :class:`Facts`), config (of adapter_config.json),
-      hints (what texts say of the architecture), sidecar (as in :class:`Sidecar`);
-      embeddings (list of name, tensors, vectors, width), extras (name → key of what acts beside
-      ΔW);
-      hashes (sha256, autov1, autov2, autov3, sshs_model_hash, sshs_legacy_hash, content),
-      recorded (list of name, value, stale: hashes that the file or a sidecar claims; stale None
-      where that cannot be told); unknown_keys (not understood), notes (sentences);
-      keys (key → how it was understood; on request).
+    Every field is always there, but for those on request; unknown ones are None, or empty. Numbers
+    are finite; texts of the file and of what stands beside it are theirs, not ours.
+
+    The file:
+      path; outcome: a word of :data:`lorafind.files.outcome.OUTCOMES`; reason: one sentence, empty
+      for ``lora``; read: ``all`` or ``header``; size: in bytes; name: for people.
+    The adapter:
+      architecture, family, spelling: as in :class:`Plan`; candidates: the architectures that it may
+      be for, one where that is known; rank: None where it varies; ranks: rank → number of modules;
+      alpha: None where none is stored or it varies; alphas: alpha or ``none`` → number of modules;
+      scale: what multiplies B·A, None where it varies; dtype; effective_dtype: the coarsest through
+      which the weights round-trip.
+    Its modules:
+      modules: their number; zero_modules: those with ΔW = 0; parameters: those that hold parameters
+      of a rotation or rescaling and no ΔW, which are compared as such and are in no norm below;
+      norm: ‖ΔW‖ (Frobenius); groups: group → {modules, norm, share of ‖ΔW‖²}; components: the same
+      by the part of the model; per_module: list of {name, group, family, parameters, shape: [o, n],
+      rank, alpha, scale, norm, magnitude}, where rank or alpha vary or on request.
+    What is not ΔW:
+      magnitudes: list of {module, key, numbers, norm} of DoRA's magnitudes; embeddings: list of
+      {name, tensors: keys, vectors, width}; extras: name → key of all else that acts beside ΔW;
+      unknown_keys: not understood; unread_keys: these, and what may act on the picture and is not
+      read; key_counts: kind (``module``, ``extra``, ``leftover``, ``orphan``, ``unknown``) →
+      number of keys.
+    What is said of it:
+      facts: of the training, in the header (:class:`Facts`); config: of adapter_config.json; hints:
+      what texts say of the architecture; sidecar: as in :class:`Sidecar`; notes: sentences.
+    Its hashes:
+      hashes: {sha256, autov1, autov2, autov3, sshs_model_hash, sshs_legacy_hash, content}, lower
+      case hex, empty where the file cannot be read; recorded: list of {name, value, stale} that
+      the file or a sidecar claims; stale is None where that cannot be told.
+    On request:
+      keys: key → how it was understood: ``module:<name>``, ``extra:<name>`` (``a + b`` for a tensor
+      of several modules, as where a layer is fused), ``leftover`` or ``leftover:<why>`` (has no
+      effect), ``orphan`` (its other half is missing), ``unknown``, or ``unread`` for every key of a
+      file that is no adapter; tensors: key → {dtype, shape, bytes}.
     """
-    file = _File(Path(path))
-    if header_only:
-        file.read_header()
-    else:
-        file.read_all(allow_pickle)
-    return file.to_json(keys, modules)
+    path = Path(path)
+    looked = header_of(path) if header_only else all_of(path, allow_pickle)
+    return _Told(looked).to_json(keys, modules)
 
 
-@dataclass
-class _Weighed:
-    """A module's numbers that only its tensors tell. square: ‖ΔW‖²."""
-
-    scale: float
-    square: float
-
-
-@dataclass
-class _File:
-    path: Path
-    outcome: str = ""
-    reason: str = ""
-    read: str = "all"
-    header: Header | None = None
-    plan: Plan | None = None
-    adapter: Adapter | None = None
-    sha256: str | None = None
-    data_sha256: str | None = None
-    digests: hashes.Hashes | None = None
-    weighed: dict[str, _Weighed] = field(default_factory=dict)
-
-    # -- reading
-
-    def read_header(self) -> None:
-        """Header and plan, without torch."""
-        self.read = "header"
-        try:
-            if is_pickled(self.path):
-                why = f"{self.path.name} is a PyTorch file, which has no header to read"
-                raise NotAnAdapter("pickle", why)
-            self.header = safetensors.read_header(self.path)
-            self.plan = plan_of(self.header, sidecars.adapter_config(self.path))
-            self.outcome = "lora"
-        except NotAnAdapter as error:
-            self.outcome, self.reason = error.outcome, error.reason
-
-    def read_all(self, allow_pickle: bool) -> None:
-        """Every number and every byte."""
-        from lorafind.formats.read import read
-
-        reading = read(self.path, allow_pickle, visit=self._weigh)
-        self.outcome, self.reason = reading.outcome, reading.reason
-        self.plan, self.adapter = reading.plan, reading.adapter
-        self.sha256, self.data_sha256 = reading.sha256, reading.data_sha256
-        self.header = reading.header
-        if self.outcome == "zero" and self.plan is not None and self.adapter is not None:
-            for module in self.plan.modules:
-                self._weigh(module, self.adapter.modules[module.name])
-        self._hash(reading)
-
-    def _weigh(self, module: ModulePlan, delta: Delta) -> None:
-        square = 0.0 if delta.is_zero else delta.squared_norm()
-        self.weighed[module.name] = _Weighed(delta.scale, square)
-
-    def _hash(self, reading: Reading) -> None:
-        stored = None
-        try:
-            if not is_pickled(self.path):
-                stored = reading.header or safetensors.read_header(self.path)
-        except NotAnAdapter:
-            # No safetensors file: of its hashes those of the plain bytes remain.
-            stored = None
-        self.header = self.header or stored
-        try:
-            # A PyTorch file has no data section of its own.
-            data = self.data_sha256 if stored is not None else None
-            self.digests = hashes.hashes(self.path, stored, self.sha256, data)
-        except NotAnAdapter:
-            # The reason stands in the outcome: what cannot be read has no hash.
-            self.digests = None
-
-    # -- telling
+@dataclass(frozen=True)
+class _Told:
+    file: Looked
 
     def to_json(self, keys: bool, modules: bool) -> dict[str, Any]:
-        plan, header = self.plan, self.header
+        path, plan, header = self.file.path, self.file.plan, self.file.header
         metadata = header.metadata if header is not None else {}
         facts = sidecars.facts_from_metadata(metadata)
-        beside = sidecars.read_sidecars(self.path)
-        config = sidecars.adapter_config(self.path)
+        beside = sidecars.read_sidecars(path)
+        config = sidecars.adapter_config(path)
+        claims = dict(facts.claimed_hashes)
+        if beside.sha256:
+            claims["sidecar sha256"] = beside.sha256
+        adapter = self.file.adapter
         row: dict[str, Any] = {
-            "path": os.fspath(self.path),
-            "outcome": self.outcome,
-            "reason": self.reason,
-            "read": self.read,
-            "size": _size(self.path),
-            "name": sidecars.display_name(self.path, beside, facts),
+            "path": os.fspath(path),
+            "outcome": self.file.outcome,
+            "reason": self.file.reason,
+            "read": "all" if self.file.whole else "header",
+            "size": _size(path),
+            "name": sidecars.display_name(path, beside, facts),
             **_written(plan, header),
             **self._modules(modules),
             **self._norms(),
-            "effective_dtype": self.adapter.effective_dtype if self.adapter is not None else None,
+            "effective_dtype": adapter.effective_dtype if adapter is not None else None,
             "facts": {k: v for k, v in asdict(facts).items() if k != "claimed_hashes"},
             "config": {k: config[k] for k in SETTINGS if k in config} if config else {},
             "hints": plan.hints if plan is not None else sidecars.hints(metadata),
             "sidecar": asdict(beside),
-            "embeddings": _embeddings(plan, header),
-            "extras": _other_extras(plan),
+            **self._beside(),
             "hashes": self._hashes(),
-            "recorded": [r.to_json() for r in self._recorded(facts, beside)],
-            "unknown_keys": plan.unknown_keys if plan is not None else [],
+            "recorded": [r.to_json() for r in self.file.recorded(claims)],
             "notes": [],
         }
-        row["notes"] = [*(plan.notes if plan is not None else ()), *_disagreements(row)]
+        row["notes"] = [*(plan.notes if plan is not None else ()), *_remarks(plan)]
+        row["notes"] += _disagreements(row)
         if keys:
-            row["keys"] = plan.keys if plan is not None else {}
+            every = header.tensors if header is not None else {}
+            row["keys"] = plan.keys if plan is not None else dict.fromkeys(every, "unread")
+            row["tensors"] = {
+                key: {"dtype": t.dtype, "shape": list(t.shape), "bytes": t.end - t.begin}
+                for key, t in every.items()
+            }
         return row
 
+    def _beside(self) -> dict[str, Any]:
+        """What is not ΔW, and what became of the keys."""
+        plan, header = self.file.plan, self.file.header
+        if plan is None or header is None:
+            lists = ("magnitudes", "embeddings", "unknown_keys", "unread_keys")
+            return {**{name: [] for name in lists}, "extras": {}, "key_counts": {}}
+        magnitudes = dict.fromkeys(magnitudes_of(plan))
+        kinds = Counter(how.partition(":")[0] for how in plan.keys.values())
+        return {
+            "magnitudes": [
+                {
+                    "module": name.partition(".dora_scale")[0],
+                    "key": plan.extras[name],
+                    "numbers": _numbers(plan, header, name),
+                    "norm": finite(self.file.magnitudes.get(name)),
+                }
+                for name in magnitudes
+            ],
+            "embeddings": _embeddings(plan, header),
+            "extras": {
+                name: key
+                for name, key in plan.extras.items()
+                if name not in magnitudes and _embedding_name(key) is None
+            },
+            "unknown_keys": plan.unknown_keys,
+            "unread_keys": plan.unread_keys,
+            "key_counts": {kind: kinds[kind] for kind in KINDS},
+        }
+
     def _modules(self, every: bool) -> dict[str, Any]:
-        plan = self.plan
+        plan, weighed = self.file.plan, self.file.weighed
         if plan is None:
-            return {
-                **dict.fromkeys(("rank", "alpha", "scale", "modules", "zero_modules")),
-                **{"ranks": {}, "alphas": {}, "per_module": []},
-            }
-        rows = [self._module(module) for module in plan.modules]
+            none = ("rank", "alpha", "scale", "modules", "zero_modules", "parameters")
+            return {**dict.fromkeys(none), **{"ranks": {}, "alphas": {}, "per_module": []}}
+        magnitudes = {
+            name.partition(".dora_scale")[0]: norm for name, norm in self.file.magnitudes.items()
+        }
+        rows = [_module(m, weighed.get(m.name), magnitudes.get(m.name)) for m in plan.modules]
         weights = [
             row for row, module in zip(rows, plan.modules, strict=True) if not module.place.vector
         ]
         # Biases and norms have a rank of 1 by their form, which says nothing.
         ranks = Counter(row["rank"] for row in weights or rows)
-        known = self.adapter is not None
+        known = self.file.adapter is not None
         alphas = Counter(row["alpha"] for row in rows) if known else Counter()
         scales = {row["scale"] for row in rows}
         vary = len(ranks) > 1 or len(alphas) > 1
@@ -216,38 +195,27 @@ class _File:
             },
             "scale": scales.pop() if known and len(scales) == 1 else None,
             "modules": len(rows),
-            "zero_modules": sum(w.square == 0 for w in self.weighed.values()) if known else None,
+            "zero_modules": sum(w.square == 0 for w in weighed.values()) if known else None,
+            "parameters": sum(m.parameters for m in plan.modules),
             "per_module": rows if every or vary else [],
         }
 
-    def _module(self, module: ModulePlan) -> dict[str, Any]:
-        weighed = self.weighed.get(module.name)
-        alpha = None
-        if self.adapter is not None and module.alpha is not None:
-            alpha = float(self.adapter.fetch(module.alpha).item())
-        return {
-            "name": module.name,
-            "group": module.place.group,
-            "family": module.family,
-            "shape": list(module.shape),
-            "rank": module.rank,
-            "alpha": alpha,
-            "scale": weighed.scale if weighed else None,
-            "norm": math.sqrt(weighed.square) if weighed else None,
-        }
-
     def _norms(self) -> dict[str, Any]:
-        if self.plan is None:
+        plan = self.file.plan
+        if plan is None:
             return {"norm": None, "groups": {}, "components": {}}
-        known = bool(self.weighed)
-        total = math.fsum(w.square for w in self.weighed.values())
+        known = bool(self.file.weighed)
+        squares = {
+            m.name: w.square
+            for m in plan.modules
+            if (w := self.file.weighed.get(m.name)) and not m.parameters
+        }
+        total = math.fsum(squares.values())
 
         def parts(of: Callable[[ModulePlan], str], order: tuple[str, ...]) -> dict[str, Any]:
-            assert self.plan is not None
             found: dict[str, list[float]] = {}
-            for module in self.plan.modules:
-                weighed = self.weighed.get(module.name)
-                found.setdefault(of(module), []).append(weighed.square if weighed else 0.0)
+            for module in plan.modules:
+                found.setdefault(of(module), []).append(squares.get(module.name, 0.0))
             names = [name for name in order if name in found] or list(found)
             return {
                 name: {
@@ -265,30 +233,38 @@ class _File:
         }
 
     def _hashes(self) -> dict[str, str | None]:
-        if self.digests is None:
+        file = self.file
+        if file.digests is None:
             return {}
         content = None
-        if self.header is not None and self.data_sha256 is not None:
-            content = self.header.content(self.data_sha256)
-        return {**self.digests.to_json(), "content": content}
+        if file.header is not None and file.data_sha256 is not None:
+            content = file.header.content(file.data_sha256)
+        return {**file.digests.to_json(), "content": content}
 
-    def _recorded(self, facts: sidecars.Facts, beside: sidecars.Sidecar) -> list[hashes.Recorded]:
-        claims = dict(facts.claimed_hashes)
-        if beside.sha256:
-            claims["sidecar sha256"] = beside.sha256
-        header = self.header
-        if header is None:
-            return hashes.recorded(claims, self.digests)
-        by_name = partial(hashes.by_sorted_name, self.path, header)
-        return hashes.recorded(claims, self.digests, by_name)
+
+def _module(module: ModulePlan, weighed: Weighed | None, magnitude: float | None) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "group": module.place.group,
+        "family": module.family,
+        "parameters": module.parameters,
+        "shape": list(module.shape),
+        "rank": module.rank,
+        "alpha": weighed.alpha if weighed else None,
+        "scale": weighed.scale if weighed else None,
+        "norm": math.sqrt(weighed.square) if weighed else None,
+        "magnitude": finite(magnitude),
+    }
 
 
 def _written(plan: Plan | None, header: Header | None) -> dict[str, Any]:
     """What names and shapes say."""
     if plan is None or header is None:
-        return dict.fromkeys(("architecture", "family", "spelling", "dtype"))
+        none = dict.fromkeys(("architecture", "family", "spelling", "dtype"))
+        return {**none, "candidates": []}
     return {
         "architecture": plan.architecture,
+        "candidates": list(candidates(plan.architecture)),
         "family": plan.family,
         "spelling": plan.spelling,
         "dtype": weights_of(plan, header)[1],
@@ -308,10 +284,8 @@ def _only(counts: Counter[Any]) -> Any:
     return next(iter(counts)) if len(counts) == 1 else None
 
 
-def _embeddings(plan: Plan | None, header: Header | None) -> list[dict[str, Any]]:
+def _embeddings(plan: Plan, header: Header) -> list[dict[str, Any]]:
     """Bundled textual inversions: ``bundle_emb.<name>.<tensor>`` and ``<token>``."""
-    if plan is None or header is None:
-        return []
     found: dict[str, list[str]] = {}
     for key in plan.extras.values():
         if (name := _embedding_name(key)) is not None:
@@ -340,17 +314,31 @@ def _embedding_name(key: str) -> str | None:
     return head if param else name.rpartition(".")[0] or name
 
 
-def _other_extras(plan: Plan | None) -> dict[str, str]:
-    if plan is None:
-        return {}
-    return {name: key for name, key in plan.extras.items() if _embedding_name(key) is None}
+def _numbers(plan: Plan, header: Header, name: str) -> int:
+    """How many numbers an extra has."""
+    if name in plan.cuts:
+        start, stop = plan.cuts[name]
+        return stop - start
+    return math.prod(header.tensors[plan.extras[name]].shape)
+
+
+def _remarks(plan: Plan | None) -> list[str]:
+    """What the numbers are, where they are no ΔW."""
+    modules = [m for m in plan.modules if m.parameters] if plan is not None else []
+    if not modules:
+        return []
+    families = ", ".join(sorted({m.family for m in modules}))
+    return [
+        f"{len(modules)} modules ({families}) hold parameters that only the base model makes a ΔW: "
+        "they are compared as parameters, with their like"
+    ]
 
 
 def _disagreements(row: Mapping[str, Any]) -> list[str]:
     """Where texts say something else than the weights."""
     found = []
     said, seen = row["hints"].get("architecture"), row["architecture"]
-    if said and seen and said not in seen.split("|"):
+    if said and seen and said not in candidates(seen):
         known = "fit no known model" if seen.startswith("other:") else f"are those of {seen}"
         found.append(f"the metadata says {said}, but the weights {known}")
     dim = row["facts"]["dim"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafind.files.scan import join
+from lorafind.formats.architectures import candidates
 from lorafind.index.rows import readable
 from lorafind.index.store import Store
 from lorafind.search.targets import rank_text
@@ -91,9 +92,9 @@ def words(store: Store) -> dict[str, list[str]]:
 
 
 def _names(architecture: str | None) -> set[str]:
-    """The words that mean an architecture: ``other`` too for other:1a2b3c4d, sd1 for sd1|sd2."""
+    """The words that mean an architecture: ``other`` too for other:1a2b3c4d, and each candidate."""
     name = (architecture or "").casefold()
-    return {name, name.partition(":")[0], *name.split("|")}
+    return {name, name.partition(":")[0], *candidates(name)}
 
 
 def _within(ranks: str | None, wanted: tuple[int, int]) -> bool:

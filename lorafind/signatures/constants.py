@@ -21,10 +21,12 @@ SEGMENTS = (
     "te2",
     "te",
 )
+#: ‖ΔW‖² from which on a module's numbers are no weights; float32 still holds the square of this.
+TOO_LARGE = 2.0**62
 #: A module below this share of its group's median norm loses its vote in proportion.
 FAINT = 0.01
 #: Version of names, families and detection: files that another one has read are read again.
-READER_VERSION = 1
+READER_VERSION = 2
 #: Version of signs, folds and formulas: signatures of another one are never compared.
 SIGNATURE_VERSION = 1
 

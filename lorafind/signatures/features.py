@@ -53,7 +53,9 @@ def identity_sketch(sketcher: Sketcher) -> tuple[np.ndarray, np.ndarray]:
             np.add.at(squares, which, part.norms.double().square().cpu().numpy())
     sketch = torch.fft.irfft(sketcher.spectrum, n=DIMENSIONS, dim=0).T.cpu().numpy()
     exact = np.sqrt(squares)
-    return sketch / np.where(exact > 0, exact, 1.0).astype(np.float32)[:, None], exact
+    # Numbers beyond float32 are told from the norms, later.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return sketch / np.where(exact > 0, exact, 1.0).astype(np.float32)[:, None], exact
 
 
 def votes(norms: Tensor) -> Tensor:

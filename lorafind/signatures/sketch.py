@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from lorafind.formats.adapter import Place
-from lorafind.formats.delta import Delta, Kronecker, LowRank
+from lorafind.formats.delta import Delta, Kronecker, KroneckerRows, LowRank
 from lorafind.signatures import signs
 from lorafind.signatures.constants import DIMENSIONS, SEGMENTS
 
 F32 = torch.float32
 #: Modules of a higher rank are kept as grids.
 RANK = 128
+#: A ΔW without factors and of more numbers is never made as a whole.
+LARGE = 2**24
 
 
 @lru_cache(maxsize=8192)
@@ -149,7 +151,7 @@ class Sketcher:
             else:
                 pair = delta.factors(F32)
                 if pair is None:
-                    self._add_dense(place, delta.dense(F32).to(self.device))
+                    self._add_dense(place, delta)
                     continue
                 if type(delta) is Kronecker:
                     self._add_batch([(place, *pair, 1.0)], delta.grams(F32))
@@ -190,17 +192,23 @@ class Sketcher:
         squares = (product * product.mT).sum((1, 2)).to(self._exact) - norms.square() / o
         self._keep(places, left, right, norms, squares, norms, o)
 
-    def _add_dense(self, place: Place, x: Tensor) -> None:
-        name, (o, n) = (place.name,), x.shape
-        norms = x.square().sum(dtype=self._exact).reshape(1)
-        x = x * self._signs("d", name, o).mT
-        x *= self._signs("d'", name, n)
-        folded = fold(x, signs.STRIDE, 0)
-        grid = fold(folded, signs.STRIDE, 1)
+    def _add_dense(self, place: Place, delta: Delta) -> None:
+        name, (o, n) = (place.name,), delta.shape
+        grams = self._grammed(place)
+        structured = isinstance(delta, Kronecker | KroneckerRows)
+        if not grams and (structured or o * n > LARGE):
+            norms, grid = self._folded(name, delta)
+        else:
+            x = delta.dense(F32).to(self.device)
+            norms = x.square().sum(dtype=self._exact).reshape(1)
+            x = x * self._signs("d", name, o).mT
+            x *= self._signs("d'", name, n)
+            folded = fold(x, signs.STRIDE, 0)
+            grid = fold(folded, signs.STRIDE, 1)
         left = self._side(grid, "e", name)
         right = self._side(torch.eye(grid.shape[1], device=self.device), "f", name)
         self._add_identity([place], left, right)
-        if not self._grammed(place):
+        if not grams:
             self._keep([place], left, right, norms, norms, torch.zeros_like(norms), o)
             return
         product = folded @ fold(x, signs.GRAM_STRIDE, 0).T
@@ -209,6 +217,23 @@ class Sketcher:
         small = x @ x.T if o <= n else x.T @ x
         squares = small.square().sum(dtype=self._exact).reshape(1) - norms.square() / o
         self._keep([place], left, right, norms, squares, norms, o)
+
+    def _folded(self, name: tuple[str], delta: Delta) -> tuple[Tensor, Tensor]:
+        """‖ΔW‖² and F·diag(d)·ΔW·diag(d')·F'ᵀ of a ΔW that is never dense as a whole."""
+        o, n = delta.shape
+        outer, inner = self._signs("d", name, o).mT, self._signs("d'", name, n)
+        if isinstance(delta, Kronecker | KroneckerRows):
+            norms = torch.full((1,), delta.squared_norm(), dtype=self._exact, device=self.device)
+            return norms, fold(_folded_columns(delta, inner) * outer, signs.STRIDE, 0)
+        norms = torch.zeros(1, dtype=self._exact, device=self.device)
+        folded = torch.zeros(min(o, signs.STRIDE), n, device=self.device)
+        step = max(1, LARGE // (4 * n * signs.STRIDE)) * signs.STRIDE
+        for start in range(0, o, step):
+            x = delta.rows(start, min(o, start + step)).dense(F32).to(self.device)
+            norms += x.square().sum(dtype=self._exact)
+            part = fold(x * outer[start : start + step], signs.STRIDE, 0)
+            folded[: len(part)] += part
+        return norms, fold(folded * inner, signs.STRIDE, 1)
 
     def _add_identity(self, places: list[Place], left: Tensor, right: Tensor) -> None:
         which = torch.tensor([segment(place) for place in places], device=self.device)
@@ -252,6 +277,8 @@ class Sketcher:
         return grammed(place.group) and not self.linear
 
     def _stack(self, tensors: list[Tensor]) -> Tensor:
+        if len({t.dtype for t in tensors}) > 1:
+            tensors = [t.to(F32) for t in tensors]
         stacked = torch.stack(tensors)
         if self._copies is None:
             return stacked.to(device=self.device, dtype=F32)
@@ -277,6 +304,22 @@ class Sketcher:
         rotated = rotate(padded)
         rotated.view(signs.ROWS, len(names), -1).mul_(mask.T.unsqueeze(2))
         return rotated
+
+
+def _folded_columns(delta: Kronecker | KroneckerRows, inner: Tensor) -> Tensor:
+    """ΔW·diag(d')·F'ᵀ of a Kronecker product, o × STRIDE, without the product.
+
+    inner: d', 1 × n. A row of w1 weighs the c copies of w2, each under its own part of the signs.
+    """
+    whole = delta.whole if isinstance(delta, KroneckerRows) else delta
+    w, v = whole.left(F32).to(inner.device), whole.right(F32).to(inner.device)
+    (_, c), (b, d) = w.shape, v.shape
+    copies = torch.zeros(c, b, signs.STRIDE, device=inner.device)
+    for j, own in enumerate(inner.view(c, d)):
+        where = torch.arange(j * d, (j + 1) * d, device=inner.device) % signs.STRIDE
+        copies[j].index_add_(1, where, v * own)
+    found = (w @ copies.view(c, -1)).view(-1, signs.STRIDE).mul_(whole.scale)
+    return found[delta.start : delta.stop] if isinstance(delta, KroneckerRows) else found
 
 
 def _columns(x: Tensor) -> Tensor:

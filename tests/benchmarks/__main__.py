@@ -236,11 +236,15 @@ def memory(place: Path, scale: float) -> Iterator[Line]:
     """Peak memory of indexing one large file, and a few of 170 MB at once."""
     from tests.benchmarks.files import write
 
-    for what, rank, count in (("SDXL rank 32", 32, 6), ("SDXL rank 400", int(400 * scale) or 1, 1)):
+    for what, model, rank, count in (
+        ("SDXL rank 32", "sdxl", 32, 6),
+        ("SDXL rank 400", "sdxl", int(400 * scale) or 1, 1),
+        ("Flux.1 rank 72, fused", "flux1", int(72 * scale) or 1, 1),
+    ):
         folder = place / what
         folder.mkdir()
         for k in range(count):
-            write(folder / f"{k}.safetensors", "sdxl", rank, k)
+            write(folder / f"{k}.safetensors", model, rank, k)
         size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
         command = lorafind("--db", str(folder / "x.db"), "index", str(folder))
         _, peak = process(*command, repeat=0)

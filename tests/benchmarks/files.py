@@ -1,4 +1,4 @@
-"""Made LoRA files of real shapes: SD1.5 and SDXL U-Nets in kohya spelling."""
+"""Made LoRA files of real shapes in kohya names: SD1.5, SDXL, Flux.1 with its fused layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ CONTEXT = {"sd1": 768, "sdxl": 2048}
 
 
 def modules(model: str) -> list[tuple[str, int, int]]:
-    """(flattened name, o, i) of the attention and feed-forward layers with proj_in and proj_out."""
+    """(flattened name, o, i) of the attention and feed-forward layers with proj_in and proj_out,
+    for Flux.1 of all that sd-scripts trains.
+    """
+    if model == "flux1":
+        return _flux(3072)
     if model == "sd1":
         blocks = [
             (f"down_blocks_{i}_attentions_{j}", 320 << i, 1) for i in range(3) for j in (0, 1)
@@ -42,6 +46,21 @@ def modules(model: str) -> list[tuple[str, int, int]]:
                 ]
             found.append((f"{stem}_ff_net_0_proj", 8 * width, width))
             found.append((f"{stem}_ff_net_2", width, 4 * width))
+    return found
+
+
+def _flux(h: int) -> list[tuple[str, int, int]]:
+    found = []
+    for n in range(19):
+        for stream in ("img", "txt"):
+            stem = f"double_blocks_{n}_{stream}"
+            found += [(f"{stem}_attn_qkv", 3 * h, h), (f"{stem}_attn_proj", h, h)]
+            found += [(f"{stem}_mlp_0", 4 * h, h), (f"{stem}_mlp_2", h, 4 * h)]
+            found.append((f"{stem}_mod_lin", 6 * h, h))
+    for n in range(38):
+        stem = f"single_blocks_{n}"
+        found += [(f"{stem}_linear1", 7 * h, h), (f"{stem}_linear2", h, 5 * h)]
+        found.append((f"{stem}_modulation_lin", 3 * h, h))
     return found
 
 

@@ -41,7 +41,8 @@ def test_json_holds_every_documented_field(tmp_path: Path, lora: Path) -> None:
         *("spelling", "rank", "ranks", "alpha", "alphas", "scale", "modules", "zero_modules"),
         *("per_module", "norm", "groups", "components", "dtype", "effective_dtype", "facts"),
         *("config", "hints", "sidecar", "embeddings", "extras", "hashes", "recorded"),
-        *("unknown_keys", "notes"),
+        *("unknown_keys", "notes", "candidates", "parameters", "magnitudes", "unread_keys"),
+        "key_counts",
     }
     assert row["path"] == str(lora)
     assert row["hashes"]["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
@@ -89,12 +90,15 @@ def test_keys_and_modules(tmp_path: Path, lora: Path) -> None:
     name, (key, group, _, shape) = next(iter(LAYERS.items()))
     lines = [line.split("\t") for line in call(tmp_path, lora, "--keys").stdout.splitlines()]
     assert len(lines) == 3 * len(LAYERS)
-    assert [str(lora), f"{key}.lora_up.weight", f"module:{name}"] in lines
+    up = [str(lora), f"{key}.lora_up.weight", f"module:{name}", "F32", f"[{shape[0]}, 3]"]
+    assert up in lines
     lines = [line.split("\t") for line in call(tmp_path, lora, "--modules").stdout.splitlines()]
     assert len(lines) == len(LAYERS)
     line = next(line for line in lines if line[1] == name)
     assert line[2:7] == [group, "lora", str(list(shape)), "3", "2.000000"]
     assert call(tmp_path, lora, "--keys", "--modules").exit_code == 2
+    (row,) = json.loads(call(tmp_path, lora, "--keys", "--modules", "--json").stdout)
+    assert len(row["keys"]) == len(row["tensors"]) == 3 * len(row["per_module"])
 
 
 def test_targets_from_stdin(tmp_path: Path, lora: Path) -> None:

@@ -6,6 +6,8 @@ import collections
 import hashlib
 import os
 import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,67 @@ def test_nothing_in_it_is_empty(tmp_path: Path) -> None:
     with pytest.raises(NotAnAdapter) as caught:
         pickled.load(tmp_path / "x.pt", allow_pickle=True)
     assert caught.value.outcome == "empty"
+
+
+# ---------------------------------------------------------------------------- hostile ones
+
+
+def _holding_itself() -> dict[str, Any]:
+    found: dict[str, Any] = {"t": torch.ones(2)}
+    found["self"] = found
+    return found
+
+
+def _deep() -> Any:
+    found: Any = torch.ones(2)
+    for _ in range(40):
+        found = {"a": found}
+    return found
+
+
+HOSTILE: dict[str, Callable[[], Any]] = {
+    "one number in any shape": lambda: {"a": torch.ones(1).expand(200_000, 200_000)},
+    "one tensor very often": lambda: {"a": [torch.ones(1000)] * 5000},
+    "itself": _holding_itself,
+    "depth": _deep,
+    "one name twice": lambda: {1: torch.ones(2), "1": torch.zeros(2)},
+    "one name in two ways": lambda: {"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}},
+    "no numbers": lambda: {"a": torch.ones(2, device="meta")},
+    "half a character": lambda: {"\ud800": torch.ones(2)},
+    "a long name": lambda: {"n" * 5000: torch.ones(2)},
+    "names of other kinds": lambda: {(1, 2): torch.ones(2)},
+    "sparse": lambda: {"a": torch.ones(2, 2).to_sparse()},
+    "quantised": lambda: {"a": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_no_file_can_honestly_hold_is_not_read(tmp_path: Path, kind: str) -> None:
+    torch.save(HOSTILE[kind](), tmp_path / "x.pt")
+    with pytest.raises(NotAnAdapter, match=r"^x\.pt is not read: ") as caught:
+        pickled.load(tmp_path / "x.pt", allow_pickle=True)
+    assert caught.value.outcome == "unsupported"
+
+
+def test_an_archive_that_unpacks_to_more_than_itself(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2**22)}, tmp_path / "whole.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pt") as source,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert (tmp_path / "x.pt").stat().st_size < 2**16
+    with pytest.raises(NotAnAdapter, match="unpacks to") as caught:
+        pickled.load(tmp_path / "x.pt", allow_pickle=True)
+    assert caught.value.outcome == "unsupported"
+
+
+def test_tied_and_negated_tensors_are_read(tmp_path: Path) -> None:
+    tied = torch.arange(6.0).reshape(2, 3)
+    whole = torch.randn(2, 3, dtype=torch.complex64)
+    torch.save({"a": tied, "b": tied, "c": tied.T, "d": whole.conj().imag}, tmp_path / "x.pt")
+    found = pickled.load(tmp_path / "x.pt", allow_pickle=True).tensors
+    assert torch.equal(found["a"], tied) and torch.equal(found["b"], tied)
+    assert torch.equal(found["c"], tied.T) and torch.equal(found["d"], -whole.imag)

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from lorafind.files import hashes
 from lorafind.files import safetensors as ours
+from lorafind.files.opening import NotAFile, open_regular
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.scan import probe
+from tests.unprivileged import needs_permissions, open_folder, unprivileged
 
 GOOD = {
     "b.weight": torch.arange(6, dtype=torch.float16).reshape(2, 3),
@@ -283,9 +288,9 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     assert refused(lambda: ours.load(folder)) == "not-a-file"
     assert refused(lambda: ours.load(tmp_path / "absent")) == "vanished"
     (tmp_path / "dangling").symlink_to(tmp_path / "absent")
-    assert refused(lambda: ours.load(tmp_path / "dangling")) == "vanished"
+    assert refused(lambda: ours.load(tmp_path / "dangling")) == "not-a-file"
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert refused(lambda: ours.load(tmp_path / "loop")) == "inaccessible"
+    assert refused(lambda: ours.load(tmp_path / "loop")) == "not-a-file"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs and sockets in folders")
@@ -309,13 +314,12 @@ def test_fifos_and_sockets_do_not_block(tmp_path: Path) -> None:
     here.close()
 
 
-@pytest.mark.skipif(
-    sys.platform == "win32" or os.geteuid() == 0, reason="permissions do not bind root"
-)
-def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
-    path, _ = stored(tmp_path)
-    path.chmod(0)
-    assert refused(lambda: ours.load(path)) == "inaccessible"
+@needs_permissions
+def test_a_file_without_permission_is_inaccessible() -> None:
+    with open_folder() as folder, unprivileged():
+        path, _ = stored(folder)
+        path.chmod(0)
+        assert refused(lambda: ours.load(path)) == "inaccessible"
 
 
 def test_a_file_beyond_two_gigabytes_is_read_by_position(tmp_path: Path) -> None:
@@ -329,3 +333,36 @@ def test_a_file_beyond_two_gigabytes_is_read_by_position(tmp_path: Path) -> None
         file.write(b"abcd")
     found = ours.read_header(path)
     assert bytes(ours.fetch_from(path, found)("end")) == b"abcd"
+
+
+def test_what_is_not_wanted_passes_by(tmp_path: Path) -> None:
+    path, data = stored(tmp_path)
+    stream = ours.stream(path)
+    found = {key: bytes(raw) for key, raw in stream.read({"t1", "alpha"})}
+    assert found.keys() == {"t1", "alpha"}
+    assert found == {key: bytes(ours.load(path).raw(key)) for key in found}
+    assert stream.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_file_in_anothers_place_is_changing(tmp_path: Path) -> None:
+    """The same length, another time: what was read of the first says nothing of the second."""
+    path, data = stored(tmp_path)
+    fetch = ours.fetch_from(path, ours.read_header(path))
+    fetch("alpha")
+    (tmp_path / "other").write_bytes(data)
+    os.utime(tmp_path / "other", ns=(0, 12345))
+    os.replace(tmp_path / "other", path)
+    assert refused(lambda: fetch("alpha")) == "changing"
+    with pytest.raises(NotAnAdapter, match="changed"):
+        hashes.hashes(path, replace(ours.read_header(path), mtime_ns=1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs in folders")
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for path in (tmp_path, tmp_path / "fifo", tmp_path / "link", "/dev/null"):
+        with pytest.raises(NotAFile):
+            open_regular(path)
+        with pytest.raises(NotAFile):
+            probe(path)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from lorafind.files.sidecars import (
+    MAX_SIDECAR,
+    MAX_WORD,
+    MAX_WORDS,
     Facts,
     Sidecar,
     adapter_config,
@@ -218,3 +224,70 @@ def test_names() -> None:
 def test_hints(metadata: dict[str, str], architecture: str) -> None:
     assert hints(metadata) == {"architecture": architecture}
     assert hints({}) == {}
+
+
+# ---------------------------------------------------------------------------- hostile ones
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs and devices in folders")
+def test_a_sidecar_that_is_no_file_does_not_block(tmp_path: Path) -> None:
+    for stem in ("x", "adapter_model"):
+        os.mkfifo(tmp_path / f"{stem}.json")
+        (tmp_path / f"{stem}.txt").symlink_to("/dev/zero")
+        (tmp_path / f"{stem}.metadata.json").mkdir()
+    os.mkfifo(tmp_path / "adapter_config.json")
+    found: list[object] = []
+
+    def look() -> None:
+        path = tmp_path / "adapter_model.safetensors"
+        found.append(adapter_config(path))
+        found.append({name for name, _ in read_sidecars(path).broken})
+        found.append({name for name, _ in read_sidecars(tmp_path / "x.safetensors").broken})
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(10)
+    endings = ("json", "txt", "metadata.json")
+    assert found == [
+        None,
+        {f"adapter_model.{e}" for e in endings} | {"adapter_config.json"},
+        {f"x.{e}" for e in endings},
+    ]
+
+
+def test_a_broken_configuration_is_told(tmp_path: Path) -> None:
+    put(tmp_path, "adapter_config.json", "{")
+    broken = (("adapter_config.json", "it is not JSON"),)
+    assert read_sidecars(tmp_path / "adapter_model.safetensors").broken == broken
+    assert read_sidecars(tmp_path / "x.safetensors").broken == ()
+
+
+def test_a_long_sidecar_is_not_read(tmp_path: Path) -> None:
+    put(tmp_path, "x.json", " " * MAX_SIDECAR + "{}")
+    ((name, why),) = read_sidecars(tmp_path / "x.safetensors").broken
+    assert name == "x.json" and "longer than" in why
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e999", "NaN", "-Infinity", "1e-999", "0"])
+def test_numbers_that_are_none(tmp_path: Path, number: str) -> None:
+    put(tmp_path, "x.json", f'{{"preferred weight": {number}}}')
+    found = read_sidecars(tmp_path / "x.safetensors")
+    assert (found.weight, found.files) == (None, ("x.json",))
+
+
+def test_hostile_texts_of_a_header() -> None:
+    facts = facts_from_metadata(
+        {
+            "ss_tag_frequency": '{"a": {"big": 1' + "0" * 4000 + ', "less": -3, "x": 2}}',
+            "ss_training_started_at": "1e11",
+            "ss_training_finished_at": "-5",
+            "ss_training_comment": "c" * 10**6,
+            "modelspec.trigger_phrase": ",".join(map(str, range(10**5))),
+        }
+    )
+    assert facts.tags == (("x", 2),)
+    assert facts.started_at == 1e11 and facts.finished_at is None
+    assert facts.comment is not None and len(facts.comment) == MAX_WORD
+    assert len(facts.trigger_words) == MAX_WORDS
+    for texts in ({"ss_training_started_at": "1e12"}, {"ss_tag_frequency": "[" * 10**5}):
+        assert facts_from_metadata(texts) == Facts()

@@ -111,9 +111,17 @@ def test_the_order_between_both_eights_and_halves() -> None:
 def test_not_finite(dtype: torch.dtype, value: float) -> None:
     t = rand(1001).to(dtype)
     assert all_finite(t)
-    assert all_finite(torch.full((9,), torch.finfo(dtype).max, dtype=dtype))
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    assert all_finite(torch.full((9,), largest, dtype=dtype))
     t[500] = value
     assert not all_finite(t)
+
+
+def test_what_float32_cannot_hold_is_not_finite() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert not all_finite(torch.tensor([1.0, largest * 1.1], dtype=torch.float64))
+    assert not all_finite(torch.tensor([1.0, -1e300], dtype=torch.float64))
+    assert all_finite(torch.tensor([1e-300], dtype=torch.float64))
 
 
 def test_not_finite_in_eight_bits() -> None:

@@ -316,14 +316,9 @@ def test_contradictions_are_invalid(tmp_path: Path, parts: dict[str, tuple[int, 
 @pytest.mark.parametrize(
     ("parts", "family"),
     [
-        ({"oft_blocks": (4, 2, 2), "alpha": ()}, "OFT"),
-        (
-            {"a1.weight": (4, 2), "a2.weight": (2, 4), "b1.weight": (6, 2), "b2.weight": (2, 4)},
-            "GLoRA",
-        ),
-        ({"ia3_l": (1, 4)}, "IA3"),
-        ({"vera_lambda_b": (4,), "vera_lambda_d": (2,)}, "VeRA"),
-        ({"lora_A": (2, 4), "lora_B": (4, 2), "lora_E": (2, 1), "ranknum": ()}, "AdaLoRA"),
+        ({"vblora_logits_A": (4, 2, 2)}, "VB-LoRA"),
+        ({"unilora_theta_d": (4,)}, "UniLoRA"),
+        ({"lambda_layer": (1, 2), "lora_A": (2, 4), "lora_B": (4, 2)}, "T-LoRA"),
     ],
 )
 def test_families_that_are_not_read_are_named(

@@ -176,14 +176,16 @@ def test_bundled_embeddings_and_saved_modules_are_extras(tmp_path: Path) -> None
 def test_what_is_not_understood_is_listed(tmp_path: Path) -> None:
     found = tensors() | {
         "lora_unet_conv_in.lora_up.weight": torch.ones(320, 2),
-        "lora_unet_conv_in.oft_blocks": torch.ones(2, 2, 2),
+        "lora_unet_conv_in.vblora_logits_A": torch.ones(2, 2, 2),
         "lora_unet_conv_out.reshape_weight": torch.ones(2, dtype=torch.int64),
     }
     save_file(found, tmp_path / "x.safetensors")
     plan = read(tmp_path / "x.safetensors").plan
     assert plan is not None
-    assert set(plan.unknown_keys) == set(found) - set(tensors())
-    assert any("OFT" in note for note in plan.notes)
+    reshaped = "lora_unet_conv_out.reshape_weight"
+    assert set(plan.unknown_keys) == set(found) - set(tensors()) - {reshaped}
+    assert plan.extras == {"unet/conv_out.reshape_weight": reshaped}
+    assert any("VB-LoRA" in note for note in plan.notes)
     assert set(plan.keys) == set(found)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from lorafind.formats.adapter import Place
 from lorafind.formats.delta import LowRank
+from lorafind.relations import candidates as module
 from lorafind.relations.candidates import Identities, candidates, estimate
 from lorafind.signatures.constants import DIMENSIONS, SEGMENTS
 from lorafind.signatures.features import signature
@@ -51,6 +52,31 @@ def collect(loras: list[dict[int, LowRank]]) -> tuple[Identities, dict[int, list
         [row[3].astype(np.float32) for row in rows],
     )
     return known, {number: list(layout) for layout, number in names.items()}
+
+
+def test_models_that_share_nothing_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their LoRAs stand in one series, mixed: the same pairs are found, and fewer tiles made."""
+    first = [random_lora(seed) for seed in range(8)]
+    second = [random_lora(seed) for seed in range(20, 28)]
+    first[5], second[3] = first[2], second[6]
+    mixed = [lora for pair in zip(first, second, strict=True) for lora in pair]
+    known, layouts = collect(mixed)
+    known.layouts[1::2] = 1
+    layouts[1] = [name.replace("unet", "transformer") for name in layouts[0]]
+    tiles = []
+    monkeypatch.setattr(module, "_TILE", 2)
+    monkeypatch.setattr(module, "_NAMES", 50)
+    real = module._tile
+
+    def counted(known, layouts, left, right):  # type: ignore[no-untyped-def]
+        tiles.append((set(left.layouts.tolist()), set(right.layouts.tolist())))
+        return real(known, layouts, left, right)
+
+    monkeypatch.setattr(module, "_tile", counted)
+    assert pairs(known, layouts) == {frozenset((4, 10)), frozenset((7, 13))}
+    assert all(left & right for left, right in tiles)
+    common = module._Common(known, layouts)
+    assert common.shared.tolist() == [[64, 0], [0, 64]]
 
 
 def pairs(known: Identities, layouts: dict[int, list[str]], new: np.ndarray | None = None) -> set:

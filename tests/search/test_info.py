@@ -25,6 +25,7 @@ def test_norms(tmp_path: Path, family: str) -> None:
     row = info(write(tmp_path / "a.safetensors", tensors), modules=True)
     assert (row["outcome"], row["reason"], row["read"]) == ("lora", "", "all")
     assert (row["architecture"], row["spelling"]) == ("sd1", "kohya")
+    assert (row["candidates"], row["parameters"]) == (["sd1"], 0)
     assert row["family"] == ("locon" if family == "lora" else family)
     assert (row["modules"], row["zero_modules"]) == (len(LAYERS), 0)
     norms = {m["name"]: m["norm"] for m in row["per_module"]}
@@ -192,13 +193,15 @@ def test_embeddings_extras_and_what_is_not_understood(tmp_path: Path) -> None:
     tensors["bundle_emb.two.clip_l"] = torch.ones(2, 768)
     tensors["bundle_emb.two.clip_g"] = torch.ones(2, 1280)
     tensors[f"{key}.dora_scale"] = torch.ones(320, 1)
-    foreign = "lora_unet_mid_block_resnets_1_conv1.oft_blocks"
+    foreign = "lora_unet_mid_block_resnets_1_conv1.vblora_logits_A"
     tensors[foreign] = torch.ones(2, 4, 4)
+    tensors["_aux.slider"] = torch.ones(1)
+    tensors["base_model.model.head.weight"] = torch.ones(3)
     tensors["lora_unet_mid_block_resnets_0_conv1.lora_up.weight"] = torch.ones(1280, 2, 1, 1)
     row = info(write(tmp_path / "a.safetensors", tensors), keys=True)
     found = {e["name"]: (e["vectors"], e["width"], len(e["tensors"])) for e in row["embeddings"]}
     assert found == {"my.word": (4, 768, 1), "two": (2, 1280, 2)}
-    assert row["extras"] == {f"{CORNER}.dora_scale": f"{key}.dora_scale"}
+    assert set(row["extras"].values()) == {"base_model.model.head.weight"}
     assert row["family"] == "dora"
     orphan = "lora_unet_mid_block_resnets_0_conv1.lora_up.weight"
     assert set(row["unknown_keys"]) == {foreign, orphan}
@@ -207,7 +210,88 @@ def test_embeddings_extras_and_what_is_not_understood(tmp_path: Path) -> None:
     assert row["keys"][foreign] == "unknown"
     assert row["keys"][f"{key}.lora_up.weight"] == f"module:{CORNER}"
     assert row["keys"][f"{key}.dora_scale"] == f"extra:{CORNER}.dora_scale"
-    assert "keys" not in info(tmp_path / "a.safetensors")
+    assert row["keys"]["_aux.slider"] == "leftover"
+    assert set(row["unread_keys"]) == {foreign, orphan}
+    assert row["key_counts"] == {
+        "module": 3 * len(LAYERS),
+        "extra": 5,
+        "leftover": 1,
+        "orphan": 1,
+        "unknown": 1,
+    }
+    assert row["tensors"][orphan] == {"dtype": "F32", "shape": [1280, 2, 1, 1], "bytes": 10240}
+    assert not {"keys", "tensors"} & info(tmp_path / "a.safetensors").keys()
+
+
+def test_magnitudes_are_shown_beside_the_direction(tmp_path: Path) -> None:
+    tensors, dense = make("lora", 1)
+    g = torch.Generator().manual_seed(5)
+    norms = {}
+    for name in (CORNER, next(n for n in LAYERS if "resnets" in n)):
+        key, _, _, (o, _) = LAYERS[name]
+        magnitude = torch.rand(o, 1, generator=g)
+        tensors[f"{key}.dora_scale"] = (
+            magnitude[..., None, None] if "resnets" in name else magnitude
+        )
+        norms[name] = (320, pytest.approx(float(magnitude.double().norm())))
+    path = write(tmp_path / "a.safetensors", tensors)
+    row = info(path, modules=True)
+    assert {m["module"]: (m["numbers"], m["norm"]) for m in row["magnitudes"]} == norms
+    assert row["extras"] == {}
+    total = sum(float(t.square().sum()) for t in dense.values())
+    assert row["norm"] == pytest.approx(total**0.5, rel=1e-10)
+    shown = {m["name"]: m["magnitude"] for m in row["per_module"]}
+    assert shown == {name: norms[name][1] if name in norms else None for name in LAYERS}
+    quick = info(path, header_only=True)["magnitudes"]
+    assert [(m["module"], m["numbers"], m["norm"]) for m in quick] == [
+        (m["module"], 320, None) for m in row["magnitudes"]
+    ]
+
+
+def test_parameters_are_no_part_of_any_norm(tmp_path: Path) -> None:
+    tensors, dense = make("lora", 1)
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors[f"{stem}.oft_blocks"] = torch.randn(8, 160, 160)
+    row = info(write(tmp_path / "a.safetensors", tensors), modules=True)
+    (module,) = [m for m in row["per_module"] if m["parameters"]]
+    assert (module["family"], row["parameters"]) == ("oft", 1)
+    assert module["name"].startswith("unet/mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    assert module["norm"] > 0
+    total = sum(float(t.square().sum()) for t in dense.values())
+    assert row["norm"] == pytest.approx(total**0.5, rel=1e-10)
+    assert sum(part["share"] for part in row["groups"].values()) == pytest.approx(1)
+    (said,) = [note for note in row["notes"] if "parameters" in note]
+    assert said.startswith("1 modules (oft) hold parameters")
+
+
+def test_a_fused_layer_is_shown_in_its_parts(tmp_path: Path) -> None:
+    key = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {
+        f"{key}.lora_A.weight": torch.randn(4, 3072),
+        f"{key}.lora_B.weight": torch.randn(9216, 4),
+    }
+    row = info(write(tmp_path / "a.safetensors", tensors), keys=True, modules=True)
+    block = "transformer/transformer_blocks.0.attn"
+    parts = [f"{block}.to_{part}" for part in "qkv"]
+    assert [m["name"] for m in row["per_module"]] == parts
+    assert set(row["keys"].values()) == {f"module:{' + '.join(parts)}"}
+    assert row["candidates"] == row["architecture"].split("-or-")
+    assert {"flux1", "chroma"} <= set(row["candidates"])
+
+
+def test_keys_of_a_file_that_is_no_adapter_are_unread(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {"emb_params": torch.ones(2, 768)})
+    row = info(path, keys=True)
+    assert (row["outcome"], row["keys"]) == ("embedding", {"emb_params": "unread"})
+    assert row["tensors"]["emb_params"]["shape"] == [2, 768]
+
+
+def test_numbers_beyond_float32_are_no_weights(tmp_path: Path) -> None:
+    tensors, _ = make("lora", 1)
+    tensors[f"{LAYERS[CORNER][0]}.lora_up.weight"] *= 1e20
+    row = info(write(tmp_path / "a.safetensors", tensors))
+    assert row["outcome"] == "invalid" and CORNER in row["reason"]
+    assert (row["norm"], row["effective_dtype"]) == (None, None)
 
 
 def test_peft_scale_comes_from_its_configuration(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from lorafind.formats.adapter import Place
 from lorafind.formats.delta import Delta, Full, Hadamard, Kronecker, LowRank
+from lorafind.signatures import sketch as module
 from lorafind.signatures.constants import SEGMENTS
 from lorafind.signatures.features import Signature, signature
 from lorafind.signatures.sketch import Sketcher, segment
@@ -68,6 +69,28 @@ def test_equals_the_dense_formula(kind: str, o: int, n: int, group: str) -> None
     np.testing.assert_allclose(
         sorted(got.norms), sorted(d.squared_norm() for d in deltas), rtol=2e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["full", "lokr", "rows"])
+@pytest.mark.parametrize("o", [200, 264, 1600])
+def test_large_layers_are_the_same_a_few_rows_at_a_time(
+    kind: str, o: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place("unet/a", "ff", late=True)
+    delta = random_delta("full", o, 96, 3)
+    if kind != "full":
+        g = torch.Generator().manual_seed(4)
+        w1, w2 = torch.randn(8, 8, generator=g), torch.randn(o // 8, 48, generator=g)
+        delta = Kronecker(w1, w2=w2, scale=0.5)
+        if kind == "rows":
+            delta = delta.rows(3, o - 30)
+    whole = sketch((place, Full(delta.dense(torch.float32))))
+    monkeypatch.setattr(module, "LARGE", 10_000)
+    parts = sketch((place, delta))
+    np.testing.assert_allclose(parts.identity, whole.identity, atol=1e-6)
+    # Grids of a high rank are kept in half precision.
+    np.testing.assert_allclose(parts.style["ff"], whole.style["ff"], atol=2e-5)
+    np.testing.assert_allclose(parts.norms, whole.norms, rtol=1e-6)
 
 
 def test_tucker_equals_its_dense_form() -> None:

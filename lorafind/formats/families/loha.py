@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lorafind.formats.adapter import Fetch
-from lorafind.formats.families.common import Form, Scale, Tensors, contradiction
+from lorafind.formats.families.common import Form, Scale, Tensors, check_size, contradiction
 
 if TYPE_CHECKING:
     from lorafind.formats.delta import Delta
@@ -32,6 +32,9 @@ def find(tensors: Tensors, scale: Scale) -> Form | None:
     ]
     if shapes[0] != shapes[1]:
         raise contradiction(tensors, "the two halves have different shapes")
+    check_size(tensors, shapes[0])
+    for role in CORES if tucker else ():
+        check_size(tensors, (tensors[role].shape[0], shapes[0][1]))
     rank = tensors["hada_w1_b"].shape[0]
     s = scale.over(rank)
     keys = [tensors[role].key for role in HALVES]
@@ -46,7 +49,9 @@ def find(tensors: Tensors, scale: Scale) -> Form | None:
 
     kernel = math.prod(tensors["hada_t1"].shape[2:]) if tucker else 1
     roles = (*HALVES, *CORES) if tucker else HALVES
-    return Form("loha", roles, shapes[0], rank, 4 if tucker else 0, kernel, bind)
+    dims = 2 + len(tensors["hada_t1"].shape[2:]) if tucker else 0
+    shape = shapes[0]
+    return Form("loha", roles, shape, rank, dims, kernel, bind, scaled=True, layer=shape)
 
 
 def _half(tensors: Tensors, a_role: str, b_role: str, core_role: str | None) -> tuple[int, int]:

@@ -12,7 +12,14 @@ import math
 from typing import TYPE_CHECKING
 
 from lorafind.formats.adapter import Fetch
-from lorafind.formats.families.common import Form, Scale, Stored, Tensors, contradiction
+from lorafind.formats.families.common import (
+    Form,
+    Scale,
+    Stored,
+    Tensors,
+    check_size,
+    contradiction,
+)
 
 if TYPE_CHECKING:
     from lorafind.formats.delta import Delta
@@ -40,12 +47,13 @@ def find(tensors: Tensors, scale: Scale) -> Form | None:
     if any(len(part.shape) < 2 for part in parts.values()):
         raise contradiction(tensors, "a factor is no matrix")
     (a, c), (b, d), kernel = _left(parts, tensors), _right(parts, tensors), 1
-    if "t2" in parts:
-        kernel = math.prod(parts["t2"].shape[2:])
-    elif "w2" in parts:
-        kernel = math.prod(parts["w2"].shape[2:])
+    core = parts.get("w2") or parts.get("t2")
+    if core is not None:
+        kernel = math.prod(core.shape[2:])
+    shape = (a * b, c * d)
+    check_size(tensors, shape)
     factored = parts.get("w2_b") or parts.get("w1_b")
-    rank = factored.shape[0] if factored else min(a * b, c * d)
+    rank = factored.shape[0] if factored else min(shape)
     if not rank:
         raise contradiction(tensors, "the rank is 0")
     if factored:
@@ -53,7 +61,7 @@ def find(tensors: Tensors, scale: Scale) -> Form | None:
     elif scale.alpha is None and scale.config is not None and scale.rank:
         s = scale.over(scale.rank)
     else:
-        s = Scale().over(rank)
+        s = Scale(fixed=scale.fixed).over(rank)
     keys = [parts[field].key if field in parts else None for field in ROLES.values()]
 
     def bind(fetch: Fetch) -> Delta:
@@ -63,8 +71,9 @@ def find(tensors: Tensors, scale: Scale) -> Form | None:
         return Kronecker(w1, w1_a, w1_b, w2, w2_a, w2_b, t2, s(fetch))
 
     roles = tuple(role for role, field in ROLES.items() if field in parts)
-    dims = len(parts["w2"].shape) if "w2" in parts else 4 if "t2" in parts else 0
-    return Form("lokr", roles, (a * b, c * d), rank, dims, kernel, bind)
+    dims = len(core.shape) if core is not None else 0
+    scaled = factored is not None
+    return Form("lokr", roles, shape, rank, dims, kernel, bind, scaled=scaled, layer=shape)
 
 
 def _has(parts: dict[str, Stored], name: str) -> bool:

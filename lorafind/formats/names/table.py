@@ -50,12 +50,18 @@ class Entry:
     @property
     def shape(self) -> Shape:
         """(o, n) of the whole."""
+        if len(self.parts) == 1:
+            return self.parts[0].shape
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
     def fits(self, shape: Shape, kind: str) -> bool:
         """True where a ΔW of this shape can belong here; kind as in :data:`KINDS`."""
         rows, columns = self.shape
         first = self.parts[0]
+        if kind == "parameters":
+            # What is 0 is not known.
+            known = shape[1] in (0, columns, *first.widths)
+            return not first.norm and shape[0] in (0, rows) and known
         if kind == "bias":
             return shape == (rows, 1)
         if first.norm != (kind == "norm") or shape[0] != rows:
@@ -71,8 +77,9 @@ class Entry:
             start = stop
 
 
-#: ``weight``: of a linear layer or convolution; ``norm``: 1-D weight of a norm; ``bias``.
-KINDS = ("weight", "norm", "bias")
+#: ``weight``: of a linear layer or convolution; ``norm``: 1-D weight of a norm; ``bias``;
+#: ``parameters``: numbers of another shape that act on the weight (a rotation, a rescaling).
+KINDS = ("weight", "norm", "bias", "parameters")
 
 
 @dataclass
