@@ -32,10 +32,15 @@ GRAM_STRIDE = 241
 
 def stream(matrix: str, name: str, count: int) -> np.ndarray:
     """The first ``count`` signs of a stream: int8, +1 or −1."""
-    seed = f"lorafind/{matrix}/v{VERSION}/{name}".encode()
-    digest = hashlib.shake_128(seed).digest((count + 7) // 8)
-    bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=count, bitorder="little")
+    digest = np.frombuffer(_bits(matrix, name, (count + 7) // 8), np.uint8)
+    bits = np.unpackbits(digest, count=count, bitorder="little")
     return (bits.astype(np.int8) << 1) - 1
+
+
+@lru_cache(maxsize=8192)
+def _bits(matrix: str, name: str, size: int) -> bytes:
+    """The signs as bits, for layouts that come again: an eighth of the memory."""
+    return hashlib.shake_128(f"lorafind/{matrix}/v{VERSION}/{name}".encode()).digest(size)
 
 
 @lru_cache(maxsize=1)

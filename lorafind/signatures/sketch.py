@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,16 +31,11 @@ RANK = 128
 LARGE = 2**24
 
 
-@lru_cache(maxsize=8192)
-def _sign_row(matrix: str, name: str, width: int) -> Tensor:
-    return torch.from_numpy(signs.stream(matrix, name, width))
-
-
 @lru_cache(maxsize=384)
 def _sign_block(matrix: str, names: tuple[str, ...], width: int, device: torch.device) -> Tensor:
     """Signs of several modules, len(names) × width, float32."""
-    rows = torch.stack([_sign_row(matrix, name, width) for name in names])
-    return rows.to(device=device, dtype=F32)
+    rows = np.stack([signs.stream(matrix, name, width) for name in names])
+    return torch.from_numpy(rows).to(device=device, dtype=F32)
 
 
 @lru_cache(maxsize=8)
