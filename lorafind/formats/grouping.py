@@ -160,9 +160,7 @@ def _found(group: Group, form: Form) -> Found:
     roles = group.roles
     weights = [roles[role] for role in form.roles]
     for stored in weights:
-        if stored.dtype not in FLOATS:
-            why = f"its weights are stored as {stored.dtype}, which is not read yet"
-            raise NotAnAdapter("unsupported", why)
+        check_dtype(stored, stored.dtype in FLOATS)
     if form.suffix == "modulation":
         form = _lying(form)
     kind = _kind(form)
@@ -174,6 +172,13 @@ def _found(group: Group, form: Form) -> Found:
         beside = (*beside, alpha)
     keys = (*[stored.key for stored in weights], *beside)
     return Found(group, form, sighting, form.suffix, keys, beside, alpha)
+
+
+def check_dtype(stored: Described, good: bool) -> None:
+    """Raise NotAnAdapter for a tensor whose numbers cannot be read."""
+    if not good:
+        why = f"its weights are stored as {stored.dtype}, which is not read yet"
+        raise NotAnAdapter("unsupported", why)
 
 
 def _lying(form: Form) -> Form:

@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from lorafind.files import sidecars
+from lorafind.files.header import DTYPE_BITS, FOREIGN, Header
 from lorafind.files.outcome import NotAnAdapter
-from lorafind.files.safetensors import DTYPE_BITS, Header
 from lorafind.formats import cloneofsimo, configuration, grouping, naming, refuse
 from lorafind.formats.adapter import ModulePlan, Plan
 from lorafind.formats.detect import detect
@@ -43,6 +43,8 @@ def understand(
     named = naming.name(found, entries, detected)
     naming.name_plain(named, {key: tensors[key].shape for key in keys.plain}, detected)
     extras = keys.extras | named.extras
+    for key in extras.values():
+        grouping.check_dtype(tensors[key], tensors[key].dtype not in FOREIGN)
     fates = _fates(tensors, keys, named, extras)
     notes = [*keys.notes, *detected.notes, *named.notes, *_unread(fates, keys)]
     family = _family(named.modules, found)

@@ -55,12 +55,13 @@ PREFIXES = (
     ("conditional_transformer.", "unet", "diffusers"),
     ("transformer.", "unet", "diffusers"),
     ("unet.", "unet", "diffusers"),
-    # The model's own code, of Cosmos and what was made of it.
-    ("net.", "unet", ""),
 )
 
 #: ComfyUI's name of any other text encoder: t5xxl, llama, qwen25_7b, qwen3_06b, hydit_clip …
 _ENCODER = re.compile(r"text_encoders\.\w+\.transformer\.(?=.)")
+
+#: The network in the code of Cosmos and of what was made of it.
+_NETWORK = re.compile(r"net\.(?=(?:blocks|[xt]_embed\w+|final_layer|llm_adapter)\.)")
 
 #: How names begin that a tool cut by the length of a prefix which they did not have.
 CUT = {"sformer_blocks": "transformer_blocks", "le_transformer_blocks": "single_transformer_blocks"}
@@ -88,6 +89,8 @@ def name_of(stem: str) -> Module:
                 break
     if not component and (other := _ENCODER.match(stem)):
         stem, component, writer = stem[other.end() :], "te_any", writer or "onetrainer"
+    if network := _NETWORK.match(stem):
+        stem, component = stem[network.end() :], component or "unet"
     flat = flatten(stem).lstrip("_")
     for cut, whole in CUT.items():
         if flat.startswith(f"{cut}_"):

@@ -220,7 +220,7 @@ class Sketcher:
         outer, inner = self._signs("d", name, o).mT, self._signs("d'", name, n)
         if isinstance(delta, Kronecker | KroneckerRows):
             norms = torch.full((1,), delta.squared_norm(), dtype=self._exact, device=self.device)
-            return norms, fold(_folded_columns(delta, inner) * outer, signs.STRIDE, 0)
+            return norms, _folded_product(delta, outer.flatten(), inner.flatten())
         norms = torch.zeros(1, dtype=self._exact, device=self.device)
         folded = torch.zeros(min(o, signs.STRIDE), n, device=self.device)
         step = max(1, LARGE // (4 * n * signs.STRIDE)) * signs.STRIDE
@@ -302,20 +302,34 @@ class Sketcher:
         return rotated
 
 
-def _folded_columns(delta: Kronecker | KroneckerRows, inner: Tensor) -> Tensor:
-    """ΔW·diag(d')·F'ᵀ of a Kronecker product, o × STRIDE, without the product.
+def _folded_product(delta: Kronecker | KroneckerRows, outer: Tensor, inner: Tensor) -> Tensor:
+    """F·diag(d)·ΔW·diag(d')·F'ᵀ of a Kronecker product without the product, STRIDE × STRIDE.
 
-    inner: d', 1 × n. A row of w1 weighs the c copies of w2, each under its own part of the signs.
+    outer, inner: d, [o], and d', [n]. A row of w1 weighs the c copies of a row of w2, each under
+    its own part of the signs.
     """
     whole = delta.whole if isinstance(delta, KroneckerRows) else delta
-    w, v = whole.left(F32).to(inner.device), whole.right(F32).to(inner.device)
-    (_, c), (b, d) = w.shape, v.shape
-    copies = torch.zeros(c, b, signs.STRIDE, device=inner.device)
-    for j, own in enumerate(inner.view(c, d)):
-        where = torch.arange(j * d, (j + 1) * d, device=inner.device) % signs.STRIDE
-        copies[j].index_add_(1, where, v * own)
-    found = (w @ copies.view(c, -1)).view(-1, signs.STRIDE).mul_(whole.scale)
-    return found[delta.start : delta.stop] if isinstance(delta, KroneckerRows) else found
+    first = delta.start if isinstance(delta, KroneckerRows) else 0
+    device, stride = inner.device, signs.STRIDE
+    w, v = whole.left(F32).to(device), whole.right(F32).to(device)
+    (a, c), (b, d) = w.shape, v.shape
+    column = torch.arange(c * d, device=device).view(c, d) % stride
+    folded = torch.zeros(stride, stride, device=device)
+    step = max(1, LARGE // (stride * c))
+    for start in range(0, b, step):
+        rows = v[start : start + step]
+        copies = torch.zeros(c, len(rows), stride, device=device)
+        for j, own in enumerate(inner.view(c, d)):
+            copies[j].index_add_(1, column[j], rows * own)
+        inside = torch.arange(start, start + len(rows), device=device) - first
+        for some in torch.arange(a, device=device).split(max(1, LARGE // copies[0].numel())):
+            part = (w[some] @ copies.view(c, -1)).view(-1, stride)
+            row = (some[:, None] * b + inside).flatten()
+            known = (row >= 0) & (row < len(outer))
+            if not known.all():
+                row, part = row[known], part[known]
+            folded.index_add_(0, row % stride, part.mul_(outer[row, None]))
+    return folded.mul_(whole.scale)
 
 
 def _columns(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorafind.files import safetensors as files
+from lorafind.files.header import DTYPE_BITS, FOREIGN
 from lorafind.files.outcome import NotAnAdapter
 from lorafind.files.safetensors import TensorInfo
 from lorafind.files.tensors import (
@@ -149,3 +150,7 @@ def test_runs_leave_out_what_was_not_asked_for(tmp_path: Path) -> None:
     save_file({n: torch.full((2,), i + 1.0) for i, n in enumerate("abc")}, tmp_path / "x")
     stored = files.load(tmp_path / "x")
     assert [t.tolist() for t in runs(stored.header, stored.data, "ca")] == [[1, 1], [3, 3]]
+
+
+def test_dtypes_that_torch_lacks_are_the_foreign_ones() -> None:
+    assert DTYPE_BITS.keys() - DTYPES.keys() == FOREIGN

@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.safetensors import TensorInfo
 from lorafind.files.tensors import DTYPES
 from lorafind.formats import families, keys
+from lorafind.formats.adapter import Plan
 from lorafind.formats.delta import ROUNDING, Skew
 from lorafind.formats.families import Form, Scale
 from lorafind.formats.families.common import LARGEST, LARGEST_DENSE, LARGEST_RANK, Stored
+from lorafind.formats.plan import understand
 from tests.formats.one_module import deltas_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -257,3 +260,30 @@ def test_whatever_has_a_form_can_be_computed(
 
 def _has(tensors: dict[str, torch.Tensor]) -> bool:
     return any(part.stem == "net.layer" for part in keys.split_all(tensors).values())
+
+
+def test_large_tucker_cores_are_refused() -> None:
+    def plan(width: int) -> Plan:
+        shapes = {
+            "lokr_w1": (1, 1),
+            "lokr_w2_a": (4, width),
+            "lokr_w2_b": (4, 2560),
+            "lokr_t2": (4, 4, 3, 3),
+        }
+        stem = "lora_unet_net_0_layer"
+        headers = {f"{stem}.{k}": TensorInfo("F16", s, 0, 0) for k, s in shapes.items()}
+        return understand(headers, {})
+
+    assert plan(1280).modules[0].shape == (1280, 23040)
+    with pytest.raises(NotAnAdapter, match="larger than the layers of known models"):
+        plan(12800)
+
+
+def test_magnitudes_that_cannot_be_read_are_said_at_once() -> None:
+    shapes = {"lora_up.weight": (6, 2), "lora_down.weight": (2, 5), "dora_scale": (6, 1)}
+    headers = {
+        f"lora_unet_net_layer.{k}": TensorInfo("F8_E8M0" if k == "dora_scale" else "F16", s, 0, 0)
+        for k, s in shapes.items()
+    }
+    with pytest.raises(NotAnAdapter, match="F8_E8M0, which is not read yet"):
+        understand(headers, {})

@@ -267,3 +267,17 @@ class Rounded(Source):
 
     def __call__(self, *shape: int) -> Tensor:
         return super().__call__(*shape).bfloat16().float()
+
+
+def test_small_columns_of_double_precision_are_kept() -> None:
+    up = torch.tensor([[0.0, 1e-75], [1.0, 0.0]], dtype=torch.float64)
+    delta = LowRank(up, torch.eye(2, dtype=torch.float64))
+    assert torch.equal(delta.rows(0, 1).dense(), delta.dense()[:1])
+
+
+def test_large_products_of_small_factors_are_not_made() -> None:
+    """A few kilobytes of factors would be gigabytes of P ⊗ U."""
+    small = Kronecker(torch.ones(2, 3), w2_a=torch.ones(40, 2), w2_b=torch.ones(2, 40))
+    assert small.factors() is not None
+    large = Kronecker(torch.ones(2**20, 3), w2_a=torch.ones(40, 2), w2_b=torch.ones(2, 40))
+    assert large.factors() is None and large.grams() is None

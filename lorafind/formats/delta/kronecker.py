@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lorafind.formats.delta.base import F64, Delta, Rounding, flat, wide
 
+#: Factors of more numbers, made of small ones, are never made.
+MOST = 2**25
+
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Delta):
@@ -77,7 +80,10 @@ class Kronecker(Delta):
         return min(self.shape)
 
     def split(self, dtype: torch.dtype, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """(P, Q, U, V) with w1 = P·Q and w2 = U·V, where their rank is below half of ``width``."""
+        """(P, Q, U, V) with w1 = P·Q and w2 = U·V, where their rank is below half of ``width``.
+
+        None also where P ⊗ U or Q ⊗ V would be large, however small the file.
+        """
         if self.w2 is not None or self.t2 is not None:
             return None
         assert self.w2_a is not None and self.w2_b is not None
@@ -87,7 +93,8 @@ class Kronecker(Delta):
         else:
             whole, eye = self.left(dtype), torch.eye(min(a, c), dtype=dtype)
             left, right = (whole, eye) if c <= a else (eye, whole)
-        if left.shape[1] * self.w2_a.shape[1] * 2 >= width:
+        rank = left.shape[1] * self.w2_a.shape[1]
+        if rank * 2 >= width or rank * max(self.shape) > MOST:
             return None
         return left, right, wide(self.w2_a, dtype), flat(self.w2_b, dtype)
 
@@ -116,7 +123,9 @@ class Kronecker(Delta):
 
     @cached_property
     def is_zero(self) -> bool:
-        return self.scale == 0.0 or not (bool(self.left().any()) and bool(self.right().any()))
+        return self.scale == 0.0 or not all(
+            part.any() for part in (self.left(torch.float32), self.right(torch.float32))
+        )
 
     def squared_norm(self) -> float:
         return self.scale**2 * float(self.left().square().sum() * self.right().square().sum())

@@ -80,10 +80,12 @@ class LowRank(Delta):
         stays, which was made of the whole rank.
         """
         up = self.up[start:stop].reshape(stop - start, -1)
+        # What is not zero stays so; torch compares no numbers of eight bits.
+        dtype = F64 if up.dtype is F64 else torch.float32
         # A few rows tell nearly always that no column is zero.
-        if wide(up[:8], torch.float32).any(0).all():
+        if wide(up[:8], dtype).any(0).all():
             return replace(self, up=self.up[start:stop])
-        used = wide(up, torch.float32).any(0).nonzero().flatten()
+        used = wide(up, dtype).any(0).nonzero().flatten()
         if len(used) == up.shape[1]:
             return replace(self, up=self.up[start:stop])
         first, last = (int(used[0]), int(used[-1])) if len(used) else (0, 0)

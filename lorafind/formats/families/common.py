@@ -117,9 +117,15 @@ def check_size(tensors: Tensors, shape: tuple[int, int], dense: bool = True) -> 
     if not o or not n:
         raise contradiction(tensors, f"a ΔW of {o} × {n} has no numbers")
     if o * n > (LARGEST_DENSE if dense else LARGEST):
-        key = next(iter(tensors.values())).key
-        why = f"at {key} a ΔW of {o} × {n} is larger than the layers of known models"
-        raise NotAnAdapter("unsupported", why)
+        raise larger(tensors, shape)
+
+
+def larger(tensors: Tensors, shape: tuple[int, int]) -> NotAnAdapter:
+    """``unsupported``: a ΔW, or a part of it, that is larger than any layer."""
+    o, n = shape
+    key = next(iter(tensors.values())).key
+    why = f"at {key} a ΔW of {o} × {n} is larger than the layers of known models"
+    return NotAnAdapter("unsupported", why)
 
 
 def check_rank(tensors: Tensors, rank: int, shape: tuple[int, int]) -> None:

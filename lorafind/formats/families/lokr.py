@@ -19,6 +19,7 @@ from lorafind.formats.families.common import (
     Tensors,
     check_size,
     contradiction,
+    larger,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ ROLES = {
     "lokr_w2_b": "w2_b",
     "lokr_t2": "t2",
 }
+#: Numbers of a w2 that is made with t2, of a convolution: 1280 × 2560 × 3 × 3 is the largest known.
+LARGEST_TUCKER = 2**25
 
 
 def find(tensors: Tensors, scale: Scale) -> Form | None:
@@ -52,6 +55,8 @@ def find(tensors: Tensors, scale: Scale) -> Form | None:
         kernel = math.prod(core.shape[2:])
     shape = (a * b, c * d)
     check_size(tensors, shape)
+    if "t2" in parts and b * d > LARGEST_TUCKER:
+        raise larger(tensors, (b, d))
     factored = parts.get("w2_b") or parts.get("w1_b")
     rank = factored.shape[0] if factored else min(shape)
     if not rank:
