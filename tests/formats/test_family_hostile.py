@@ -287,3 +287,23 @@ def test_magnitudes_that_cannot_be_read_are_said_at_once() -> None:
     }
     with pytest.raises(NotAnAdapter, match="F8_E8M0, which is not read yet"):
         understand(headers, {})
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora_up.weight": (6, 0), "lora_down.weight": (0, 5)},
+        {"lora_embedding_A": (0, 50), "lora_embedding_B": (8, 0)},
+        {"hada_w1_a": (6, 0), "hada_w1_b": (0, 5), "hada_w2_a": (6, 0), "hada_w2_b": (0, 5)},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (4, 0), "lokr_w2_b": (0, 5)},
+        {"lora_A": (0, 5), "lora_B": (6, 0), "lora_E": (0, 1)},
+    ],
+)
+def test_rank_0_under_a_configured_alpha(parts: Shapes) -> None:
+    named = {f"net.layer.{suffix}": shape for suffix, shape in parts.items()}
+    roles = {
+        part.role: Stored(key, "F32", named[key]) for key, part in keys.split_all(named).items()
+    }
+    with pytest.raises(NotAnAdapter) as caught:
+        families.find_all(roles, Scale(None, 2.0))
+    assert caught.value.outcome == "invalid"

@@ -233,7 +233,8 @@ def _alike(module: ModulePlan, delta: Delta) -> None:
         assert _near(pair[0] @ pair[1], dense), module.name
     square = float(dense.square().sum())
     if math.isfinite(square):
-        cancelled = 1e-20 * _largest(pair) if pair is not None else 0.0
+        # What cancels, or is below what a double holds to full precision.
+        cancelled = 1e-20 * _largest(pair) if pair is not None else 1e-300
         assert math.isclose(delta.squared_norm(), square, rel_tol=1e-6, abs_tol=cancelled), (
             module.name
         )

@@ -110,10 +110,10 @@ def _embedding(tensors: Tensors, scale: Scale) -> Form:
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise contradiction(tensors, "A and B have different ranks")
     rank = a.shape[0]
-    s = scale.over(rank)
     a_key, b_key = a.key, b.key
     shape = (a.shape[1], b.shape[0])
     check_rank(tensors, rank, shape)
+    s = scale.over(rank)
     check_size(tensors, shape, dense=False)
 
     def bind(fetch: Fetch) -> Delta:
