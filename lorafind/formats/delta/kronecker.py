@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lorafind.formats.delta.base import F64, Delta, Rounding, flat, wide
+from lorafind.formats.delta.base import BLOCK, F64, Delta, Rounding, flat, wide
 
 #: Factors of more numbers, made of small ones, are never made.
 MOST = 2**25
@@ -124,11 +125,34 @@ class Kronecker(Delta):
     @cached_property
     def is_zero(self) -> bool:
         return self.scale == 0.0 or not all(
-            part.any() for part in (self.left(torch.float32), self.right(torch.float32))
+            any(bool(part.any()) for part in self._rows_of(factor)) for factor in (1, 2)
         )
 
     def squared_norm(self) -> float:
-        return self.scale**2 * float(self.left().square().sum() * self.right().square().sum())
+        one, two = (
+            sum(float(part.square().sum()) for part in self._rows_of(factor)) for factor in (1, 2)
+        )
+        return self.scale**2 * one * two
+
+    def _rows_of(self, factor: int) -> Iterator[Tensor]:
+        """w1 or w2 a few rows at a time, float64."""
+        if factor == 1:
+            return self._pieces(self.w1, self.w1_a, self.w1_b)
+        return self._pieces(self.w2, self.w2_a, self.w2_b, self.t2)
+
+    @staticmethod
+    def _pieces(
+        whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        if whole is not None:
+            yield from (flat(part, F64) for part in whole.split(BLOCK))
+            return
+        assert a is not None and b is not None
+        if core is None:
+            yield from (wide(part, F64) @ flat(b, F64) for part in a.split(BLOCK))
+            return
+        for part in a.split(BLOCK, 1):
+            yield torch.einsum("mn...,mb,nd->bd...", wide(core, F64), wide(part, F64), wide(b, F64))
 
     def rounding_parts(self, rounding: Rounding) -> Tensor:
         one, two = self.left(), self.right()
