@@ -22,6 +22,7 @@ import typer
 from lorafind.cli.app import make_app
 from lorafind.cli.errors import MEANING
 from tests.terminal import run_on_terminal
+from tests.train import hub, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -124,7 +125,11 @@ def test_examples(tmp_path: Path) -> None:
     lorafind.chmod(0o755)
     folder = tmp_path / "home"
     folder.mkdir()
+    hub.as_default(folder)
+    for style in tiny.STYLES:
+        tiny.paint(folder / "pictures" / style, style, range(6))
     environment = {
+        "HF_HUB_OFFLINE": "1",
         "HOME": str(folder),
         "LORAFIND_DB": str(folder / "index.db"),
         "NO_COLOR": "1",

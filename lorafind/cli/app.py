@@ -34,6 +34,7 @@ PANELS: Mapping[str, Sequence[str]] = {
     "Files": ("info", "compare", "whatis"),
     "Search": ("similar", "dupes", "epochs"),
     "Bases": ("basis", "rebuild-basis", "eval"),
+    "Training": ("train", "train-many"),
 }
 #: command that has commands of its own → what it is for, and their names
 SUBCOMMANDS: Mapping[str, tuple[str, Sequence[str]]] = {

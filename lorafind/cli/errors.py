@@ -148,6 +148,7 @@ _RULES: dict[str, Callable[[Any, Arguments], Problem]] = {
     "lorafind.bases.problem.BasisProblem": _index_problem,
     "lorafind.index.problem.IndexProblem": _index_problem,
     "lorafind.files.outcome.NotAnAdapter": _not_an_adapter,
+    "lorafind.train.problem.TrainProblem": _index_problem,
     "builtins.OSError": _os_error,
     "builtins.MemoryError": _memory,
     "builtins.ModuleNotFoundError": _missing_module,

@@ -1,7 +1,7 @@
 """One run, one table: what lorafind takes against the least that the task could take.
 
 ``python -m tests.benchmarks [NAME …]`` runs all of index, reindex, similar, million, dupes,
-memory, rebuild, pca and paper, or those named; ``--small`` takes a tenth of each size.
+memory, rebuild, pca, paper and train, or those named; ``--small`` takes a tenth of each size.
 """
 
 from __future__ import annotations
@@ -293,8 +293,16 @@ def paper(place: Path, scale: float) -> Iterator[Line]:
     yield from run(place, scale)
 
 
+def train(place: Path, scale: float) -> Iterator[Line]:
+    """Steps of training against diffusers' example; see :mod:`tests.benchmarks.train`."""
+    from tests.benchmarks.train import train as run
+
+    yield from run(place, scale)
+
+
 BENCHMARKS = {
-    f.__name__: f for f in (index, reindex, similar, million, dupes, memory, rebuild, pca, paper)
+    f.__name__: f
+    for f in (index, reindex, similar, million, dupes, memory, rebuild, pca, paper, train)
 }
 
 
