@@ -30,7 +30,8 @@ class Engine:
     ) -> None:
         self.base, self.runs, self.adapters = base, runs, adapters
         self.settings = settings = runs[0][1]
-        device, dtype = base.device, base.unet.dtype
+        # diffusers walks through the whole U-Net to tell these.
+        self._device, self._kind = device, dtype = base.device, base.unet.dtype
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._optimizers = []
         for (_, own), row, gradient in zip(runs, adapters.values, adapters.gradients, strict=True):
@@ -60,13 +61,13 @@ class Engine:
         """Fill the gradients for a step (from 0); returns the losses, N, on the U-Net's device."""
         self.adapters.gradients.zero_()
         passes = self.settings.accumulate
-        total = torch.zeros(len(self.runs), dtype=self._dtype, device=self.base.device)
+        total = torch.zeros(len(self.runs), dtype=self._dtype, device=self._device)
         for micro in range(passes):
             drawn = [
                 loss.draw(self.base.scheduler, prepared, own, step, micro, self._dtype)
                 for prepared, own in self.runs
             ]
-            batch = loss.together(drawn).to(self.base.device, self.base.unet.dtype)
+            batch = loss.together(drawn).to(self._device, self._kind)
             predicted = self._unet(batch.noisy, batch.times, batch.prompts, return_dict=False)[0]
             found = loss.losses(predicted, batch, len(self.runs)) / passes
             scaled = [scaler.scale(one) for scaler, one in zip(self._scalers, found, strict=True)]
