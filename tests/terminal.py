@@ -31,12 +31,18 @@ def run_on_terminal(
         env={**inherited, "TERM": "xterm", **environment},
     )
     os.close(theirs)
+    shown = read_to_end(ours)
+    return child.wait(), shown.replace("\r\n", "\n")
+
+
+def read_to_end(terminal: int) -> str:
+    """What comes out of our end of a terminal until the other is closed; ours is closed then."""
     received = b""
     try:
-        while data := os.read(ours, 65536):
+        while data := os.read(terminal, 65536):
             received += data
     except OSError:
         # This is how Linux says that the other end is closed.
         pass
-    os.close(ours)
-    return child.wait(), received.decode().replace("\r\n", "\n")
+    os.close(terminal)
+    return received.decode()

@@ -14,10 +14,11 @@ import typer
 from lorafind.cli import errors
 from lorafind.cli.output import Sink
 from lorafind.cli.training import TrainWatch, needed, tell
-from lorafind.cli.watch import _duration
+from lorafind.cli.watch import duration
+from lorafind.files.sniff import PICKLED
 
 #: Endings that are never pictures, so that no look at the others is needed.
-_LORAS = (".safetensors", ".pt", ".bin", ".ckpt", ".pth")
+_LORAS = PICKLED | {".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def trained(sink: Sink, sources: Sequence[Path], wish: Wish) -> Path | None:
         plan = make_plan(base, found.pictures, settings)
     tell(sink, plan)
     if not wish.yes:
-        took = _duration(plan.seconds + plan.class_seconds)
+        took = duration(plan.seconds + plan.class_seconds)
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise typer.BadParameter(
                 f"to search with {name} a LoRA has to be trained, which takes about {took}: agree "

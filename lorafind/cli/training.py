@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafind.cli.output import Sink
-from lorafind.cli.watch import Watch, _duration
-from lorafind.train.settings import MODEL, Settings
+from lorafind.cli.watch import Watch, duration
+from lorafind.train.settings import MODEL, SPELLINGS, Settings
 
 if TYPE_CHECKING:
     from lorafind.train.captions import Gathered
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 #: What the extra ``train`` installs.
 NEEDED = ("diffusers", "peft", "accelerate", "transformers")
-FORMATS = ("kohya", "diffusers", "peft")
 _DEFAULT = Settings()
 #: How much of the loss that is shown comes from before.
 _SMOOTH = 0.95
@@ -120,7 +119,7 @@ def _asked(
     alpha: Annotated[float, _option(_LORA, help="ΔW = alpha/rank · B·A. Default: 8.")] = 8.0,
     spelling: Annotated[
         str, _option(_LORA, "--format", help="Names in the file: kohya (default), diffusers, peft.")
-    ] = FORMATS[0],
+    ] = SPELLINGS[0],
     dtype: Annotated[
         str, _option(_LORA, "--save-precision", help="Of the file: fp16 (default), bf16 or fp32.")
     ] = "fp16",
@@ -215,7 +214,7 @@ def _asked(
     from lorafind.train.problem import TrainProblem
 
     for option, value, known in (
-        ("--format", spelling, FORMATS),
+        ("--format", spelling, SPELLINGS),
         ("--save-precision", dtype, ("fp16", "bf16", "fp32")),
         ("--caption", caption, HOW),
     ):
@@ -324,7 +323,7 @@ class TrainWatch(Watch):
             return super()._rate()
         seconds = (time.monotonic() - self._began) / max(self._done, 1)
         rate = f"{1 / max(seconds, 1e-6):.2f} it/s" if seconds < 1 else f"{seconds:.2f} s/it"
-        left = _duration((self._files - self._done) * seconds)
+        left = duration((self._files - self._done) * seconds)
         return f"loss {self._loss:.4f}, {rate}, {left} left"
 
 
@@ -346,11 +345,11 @@ def tell(sink: Sink, plan: Plan) -> None:
             "that is more memory than there is: --gradient-checkpointing, --precision bf16 and a "
             "lower --resolution need less."
         )
-    sink.note(f"Time: about {_duration(plan.seconds)} ({plan.step:.2f} s a step, measured).")
+    sink.note(f"Time: about {duration(plan.seconds)} ({plan.step:.2f} s a step, measured).")
     if plan.class_images:
         sink.note(
             f"Before, unless they are in the cache, {plan.class_images:,} class images are made: "
-            f"up to {_duration(plan.class_seconds)}."
+            f"up to {duration(plan.class_seconds)}."
         )
 
 

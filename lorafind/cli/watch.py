@@ -60,13 +60,13 @@ class Watch(ExitStack):
         if self._size:
             rate = f"{self._done / seconds:.0f} files/s, {self._read / seconds / 1e6:.0f} MB/s"
             left = (self._size - self._read) * seconds / max(self._read, 1)
-            rate += f", {_duration(left)} left"
+            rate += f", {duration(left)} left"
         elif self._files:
-            rate += f", {_duration((self._files - self._done) * seconds / max(self._done, 1))} left"
+            rate += f", {duration((self._files - self._done) * seconds / max(self._done, 1))} left"
         return rate
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole} s"

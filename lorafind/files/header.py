@@ -66,8 +66,8 @@ DTYPE_BITS = {
 FLOATS = frozenset(
     {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 )
-#: Dtypes that torch has no tensors of.
-FOREIGN = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"})
+#: Dtypes that torch has tensors of.
+READABLE = DTYPE_BITS.keys() - {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"}
 
 Path = str | os.PathLike[str]
 

@@ -5,7 +5,7 @@ The keys of one stem are a group; what a family makes of a group is found with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -160,7 +160,7 @@ def _found(group: Group, form: Form) -> Found:
     roles = group.roles
     weights = [roles[role] for role in form.roles]
     for stored in weights:
-        check_dtype(stored, stored.dtype in FLOATS)
+        check_dtype(stored, FLOATS)
     if form.suffix == "modulation":
         form = _lying(form)
     kind = _kind(form)
@@ -174,9 +174,9 @@ def _found(group: Group, form: Form) -> Found:
     return Found(group, form, sighting, form.suffix, keys, beside, alpha)
 
 
-def check_dtype(stored: Described, good: bool) -> None:
+def check_dtype(stored: Described, readable: Collection[str]) -> None:
     """Raise NotAnAdapter for a tensor whose numbers cannot be read."""
-    if not good:
+    if stored.dtype not in readable:
         why = f"its weights are stored as {stored.dtype}, which is not read yet"
         raise NotAnAdapter("unsupported", why)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from lorafind.files import sidecars
-from lorafind.files.header import DTYPE_BITS, FOREIGN, Header
+from lorafind.files.header import DTYPE_BITS, READABLE, Header
 from lorafind.files.outcome import NotAnAdapter
 from lorafind.formats import cloneofsimo, configuration, grouping, naming, refuse
 from lorafind.formats.adapter import ModulePlan, Plan
@@ -44,7 +44,7 @@ def understand(
     naming.name_plain(named, {key: tensors[key].shape for key in keys.plain}, detected)
     extras = keys.extras | named.extras
     for key in extras.values():
-        grouping.check_dtype(tensors[key], tensors[key].dtype not in FOREIGN)
+        grouping.check_dtype(tensors[key], READABLE)
     fates = _fates(tensors, keys, named, extras)
     notes = [*keys.notes, *detected.notes, *named.notes, *_unread(fates, keys)]
     family = _family(named.modules, found)

@@ -31,7 +31,7 @@ class Engine:
         self.base, self.runs, self.adapters = base, runs, adapters
         self.settings = settings = runs[0][1]
         # diffusers walks through the whole U-Net to tell these.
-        self._device, self._kind = device, dtype = base.device, base.unet.dtype
+        self._device, self._unet_dtype = device, dtype = base.device, base.unet.dtype
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._optimizers = []
         for (_, own), row, gradient in zip(runs, adapters.values, adapters.gradients, strict=True):
@@ -67,7 +67,7 @@ class Engine:
                 loss.draw(self.base.scheduler, prepared, own, step, micro, self._dtype)
                 for prepared, own in self.runs
             ]
-            batch = loss.together(drawn).to(self._device, self._kind)
+            batch = loss.together(drawn).to(self._device, self._unet_dtype)
             predicted = self._unet(batch.noisy, batch.times, batch.prompts, return_dict=False)[0]
             found = loss.losses(predicted, batch, len(self.runs)) / passes
             scaled = [scaler.scale(one) for scaler, one in zip(self._scalers, found, strict=True)]

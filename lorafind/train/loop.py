@@ -77,7 +77,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Output:
-    """How LoRAs are written. spelling: of :data:`save.SPELLINGS`; force: over what is there."""
+    """How LoRAs are written. spelling: of SPELLINGS of the settings; force: over what is there."""
 
     spelling: str = "kohya"
     dtype: torch.dtype = save.DTYPE

@@ -28,7 +28,6 @@ from lorafind.train.model import Base
 from lorafind.train.problem import TrainProblem
 from lorafind.train.settings import Settings
 
-SPELLINGS = ("kohya", "diffusers", "peft")
 #: What trainers and sites expect, and half of float32.
 DTYPE = torch.float16
 _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
@@ -45,8 +44,9 @@ def save(
 ) -> None:
     """Write a LoRA, in the place of a file that is there only when it is complete.
 
-    spelling: of SPELLINGS. kohya's names come with alpha; in the others, whose readers do not all
-    ask for it, alpha/rank is multiplied into B. ``sshs_`` hashes are added to the metadata.
+    spelling: of :data:`lorafind.train.settings.SPELLINGS`. kohya's names come with alpha; in the
+    others, whose readers do not all ask for it, alpha/rank is multiplied into B. ``sshs_`` hashes
+    are added to the metadata.
 
     Raises TrainProblem where numbers do not fit the dtype, OSError with the name of ``out``.
     """

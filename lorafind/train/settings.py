@@ -16,6 +16,8 @@ GROUPS = ("self_attn", "cross_attn", "ff")
 OPTIMIZERS = ("adam", "adam8bit")
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp32", "fp16", "bf16")
+#: How names in the file are written.
+SPELLINGS = ("kohya", "diffusers", "peft")
 #: Three halvings in the VAE and three in the U-Net.
 RESOLUTION_STEP = 64
 

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lorafind.cli.app import make_app
+from tests.terminal import read_to_end
 from tests.train.conftest import apart, rings, stripes, tiny_folder
 
 __all__ = ["apart", "rings", "stripes", "tiny_folder"]
@@ -110,17 +111,10 @@ def test_asked_on_a_terminal(
     os.close(theirs)
     # The terminal keeps the second answer until it is asked for.
     os.write(ours, b"n\ny\n")
-    received = b""
-    try:
-        while data := os.read(ours, 65536):
-            received += data
-    except OSError:
-        # This is how Linux says that the other end is closed.
-        pass
-    os.close(ours)
+    received = read_to_end(ours)
     assert child.stdout is not None
     found = json.loads(child.stdout.read())
-    shown = " ".join(received.decode().split())
+    shown = " ".join(received.split())
     assert child.wait() == 0, shown
     for folder in (rings, stripes):
         assert f"Train a LoRA of {folder}, in about" in shown

@@ -20,7 +20,7 @@ from lorafind.train.engine import Engine
 from lorafind.train.loop import Output, Run, train, train_together
 from lorafind.train.model import Base
 from lorafind.train.problem import TrainProblem
-from lorafind.train.settings import Settings
+from lorafind.train.settings import SPELLINGS, Settings
 from tests.train import oracle, tiny
 
 SETTINGS = Settings(steps=3, rank=4, alpha=3.0, resolution=64, learning_rate=2e-2)
@@ -100,7 +100,7 @@ def test_peft_reads_it(trained: Engine, tmp_path: Path) -> None:
     assert torch.allclose(found, wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("spelling", save.SPELLINGS)
+@pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_change_of_weights(
     trained: Engine, tmp_path: Path, spelling: str, dtype: torch.dtype
@@ -126,7 +126,7 @@ def test_change_of_weights(
         assert float((found - wanted).norm()) <= 2 * unit * float(wanted.norm()), name
 
 
-@pytest.mark.parametrize("spelling", save.SPELLINGS)
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_hashes_recompute(trained: Engine, tmp_path: Path, spelling: str) -> None:
     """Those that the file claims are those of its bytes."""
     out = written(trained, tmp_path / "a.safetensors", spelling, torch.float16)
@@ -212,7 +212,7 @@ def test_session_id(base: Base, tmp_path: Path) -> None:
 
 def test_alpha_where_it_is_folded(base: Base, tmp_path: Path) -> None:
     """The metadata say what the file holds."""
-    for spelling in save.SPELLINGS:
+    for spelling in SPELLINGS:
         out = tmp_path / spelling / "adapter_model.safetensors"
         out.parent.mkdir()
         train(base, oracle.prepared(), SETTINGS, out, output=Output(spelling))
