@@ -14,6 +14,7 @@ from lorafind.train.adapters import Adapters, Factors, backward, inject
 from lorafind.train.cache import Prepared
 from lorafind.train.checkpoint import State
 from lorafind.train.ema import average
+from lorafind.train.memory import memory_kept
 from lorafind.train.model import Base, lora_layers
 from lorafind.train.optimizer import optimizer, rate
 from lorafind.train.settings import Settings
@@ -51,6 +52,7 @@ class Engine:
         seeds = [own.seed for _, own in runs]
         adapters = inject(base.unet, names, settings.rank, settings.alpha, seeds)
         with ExitStack() as after:
+            after.enter_context(memory_kept(base.device))
             after.callback(adapters.remove)
             if settings.gradient_checkpointing:
                 base.unet.enable_gradient_checkpointing()
