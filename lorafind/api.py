@@ -20,14 +20,25 @@ from lorafind.index.store import Store
 if TYPE_CHECKING:
     from lorafind.bases.basis import Basis
     from lorafind.bases.use import Used
+    from lorafind.clean.apply import How, Outcome
+    from lorafind.clean.log import Log
+    from lorafind.clean.plan import Plan, Written
+    from lorafind.clean.undo import Back
+    from lorafind.groups.sort import Group as StyleGroup
+    from lorafind.groups.sort import Wishes as GroupWishes
     from lorafind.index.build import Summary
     from lorafind.index.progress import Progress
+    from lorafind.map.collect import Map
+    from lorafind.map.collect import Wishes as MapWishes
+    from lorafind.mix.mix import Mix
+    from lorafind.mix.mix import Wishes as MixWishes
     from lorafind.search.dupes import Choice, Group
     from lorafind.search.epochs import Epoch
     from lorafind.search.ls import Filters
     from lorafind.search.query import Asked
     from lorafind.search.similar import Neighbour, Wishes
     from lorafind.search.whatis import Answer
+    from lorafind.trace.origin import Trace
 
 
 class Index:
@@ -181,3 +192,96 @@ class Index:
         from lorafind.search.epochs import epochs
 
         return epochs(self.store)
+
+    def groups(
+        self, wishes: GroupWishes | None = None, progress: Progress | None = None
+    ) -> Iterator[StyleGroup]:
+        """The collection sorted into groups of one style, each architecture apart."""
+        from lorafind.groups import sort
+
+        return sort.groups(self.store, wishes, progress)
+
+    def plan(self, path: str | os.PathLike[str], choice: Choice | None = None) -> Written:
+        """Write what :meth:`dupes` would let go as a plan to read and edit; CleanProblem, OSError.
+
+        A file at ``path`` is never replaced.
+        """
+        from lorafind.clean import plan
+        from lorafind.search import dupes
+
+        choice = choice or dupes.Choice()
+        judge = dupes.Judge(self.store, choice)
+        return plan.write(Path(path), dupes.dupes(self.store, choice), choice, judge)
+
+    def apply(
+        self,
+        plan: Plan | str | os.PathLike[str],
+        how: How,
+        protect: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> Iterator[Outcome]:
+        """Carry out a plan file by file; see :func:`lorafind.clean.apply.apply`.
+
+        The index must be open for writing. Acts happen as the answer is iterated.
+        """
+        from lorafind.clean.apply import apply
+        from lorafind.clean.plan import Plan, read
+
+        read_plan = plan if isinstance(plan, Plan) else read(Path(plan))
+        return apply(self.store, read_plan, how, protect, progress)
+
+    def undo_logs(self) -> list[Log]:
+        """What :meth:`apply` did and :meth:`undo` has not undone, the oldest run first."""
+        from lorafind.clean.log import logs
+
+        return [log for log in logs(self.store.path) if log.open]
+
+    def undo(self, log: Log) -> Iterator[Back]:
+        """Undo a run of :meth:`apply`, file by file; the index must be open for writing."""
+        from lorafind.clean.undo import undo
+
+        return undo(log)
+
+    def trace(
+        self, target: str, allow_pickle: bool = False, progress: Progress | None = None
+    ) -> Trace:
+        """Which LoRAs a file or an indexed LoRA was merged or resized from.
+
+        See :func:`lorafind.trace.origin.trace`.
+        """
+        from lorafind.trace.origin import trace
+
+        return trace(self.store, target, allow_pickle, progress)
+
+    def trace_all(self, progress: Progress | None = None) -> Iterator[Trace]:
+        """:meth:`trace` of every LoRA of the index, one after the other."""
+        from lorafind.trace.origin import everything
+
+        return everything(self.store, progress)
+
+    def map(
+        self,
+        path: str | os.PathLike[str],
+        wishes: MapWishes | None = None,
+        progress: Progress | None = None,
+    ) -> Map:
+        """Write the LoRAs of one architecture as a map: ``.html`` (a page), ``.png`` or ``.svg``.
+
+        Raises BasisProblem where there is no basis or a library is missing, ValueError for another
+        ending.
+        """
+        from lorafind.map.write import write
+
+        return write(self.store, Path(path), wishes, progress)
+
+    def mix(
+        self, target: str | Asked, wishes: MixWishes | None = None, progress: Progress | None = None
+    ) -> Mix:
+        """The combination of LoRAs nearest to a target; :func:`lorafind.mix.merge.merge` writes it.
+
+        Raises IndexProblem where there is no basis over style, or nothing to combine.
+        """
+        from lorafind.mix import mix
+
+        asked = self.ask(target) if isinstance(target, str) else target
+        return mix.mix(self.store, asked, wishes, progress)

@@ -32,7 +32,8 @@ PANELS: Mapping[str, Sequence[str]] = {
     "First steps": ("demo",),
     "Index": ("index", "ls"),
     "Files": ("info", "compare", "whatis"),
-    "Search": ("similar", "dupes", "epochs"),
+    "Search": ("similar", "dupes", "epochs", "map", "groups", "mix", "trace"),
+    "Cleaning up": ("apply", "undo"),
     "Bases": ("basis", "rebuild-basis", "eval"),
     "Training": ("train", "train-many"),
 }

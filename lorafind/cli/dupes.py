@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,6 +65,14 @@ def dupes(
             "tensors and weights; cast, scaled, part and resized only if --grade names them.",
         ),
     ] = False,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what may go as a plan (JSON) to read and edit, for `lorafind apply`.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int | None:
     """The same LoRA under other names, spellings, dtypes, scales, ranks; nothing is changed.
 
@@ -112,11 +122,19 @@ def dupes(
                     yield group
 
             session.sink.rows(COLUMNS, _members(counted()))
-            if freed:
+            if freed and plan is None:
                 session.sink.note(
                     f"{freed / 1e6:,.1f} MB could be freed; `lorafind dupes -0 --others` lists "
                     "what may go."
                 )
+        if plan is not None:
+            made = index.plan(plan.expanduser(), choice)
+            session.sink.note(
+                f"The plan {plan} lets {made.files:,d} files of {made.groups:,d} groups go, "
+                f"{made.bytes / 1e6:,.1f} MB. Read and edit it; nothing is done before "
+                "`lorafind apply`."
+            )
+            session.sink.hint(f"lorafind apply {shlex.quote(str(plan))} --to-trash")
     return None
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
+from lorafind.clean.trash import in_trash
 from lorafind.files.scan import join
 from lorafind.index.reconcile import maybe_two_mounts
 from lorafind.index.store import Store
@@ -230,8 +231,9 @@ def _keeper(files: list[File], relations: Relations, choice: Choice) -> File:
             held += relation.dominates[0]
         return held, known
 
-    # A link could lose its file, and what is offline cannot be looked at.
-    solid = [f for f in files if f.here and not f.is_link] or files
+    # A link could lose its file, what is offline cannot be looked at, and a trash is emptied.
+    present = [f for f in files if f.here and not f.is_link] or files
+    solid = [f for f in present if not in_trash(f.path)] or present
     reaches = {file.path: reach(file) for file in solid}
     best = max(reaches.values())
     equal = [file for file in solid if reaches[file.path] == best]
@@ -292,6 +294,39 @@ def _group(keeper: File, members: list[tuple[File, Relation]], choice: Choice) -
     return Group(grade, keeper.path, freed, tuple(rows))
 
 
+class Judge:
+    """Says of any two files of the index whether one may go because the other stays.
+
+    Reads the relations and the files that have some once.
+    """
+
+    def __init__(self, store: Store, choice: Choice) -> None:
+        self._choice = choice
+        self._relations = _relations(store, choice.grades)
+        files = _files(store, self._relations, choice.grades)
+        self._files = {file.path: file for file in files}
+        self._paths = Counter(file.identity for file in files)
+
+    def file(self, path: str) -> File | None:
+        """What the index knows of a path to a LoRA that has a relative or a second path."""
+        return self._files.get(path)
+
+    def verdict(self, keeper: str, path: str) -> tuple[str, str]:
+        """(grade, why the file at ``path`` may not go while ``keeper`` stays; empty: it may)."""
+        stays, goes = self._files.get(keeper), self._files.get(path)
+        if stays is None or goes is None:
+            return "", "the index knows no relation of it to a file that stays"
+        if stays.identity == goes.identity:
+            return "link", "a second path to a file that stays"
+        relation = relation_of(stays, goes, self._relations)
+        if relation is None:
+            return "", "no relation of it to a file that stays is proved"
+        why = _stays(stays, goes, relation, self._choice, _intact(stays))
+        if not why and self._paths[goes.identity] > 1:
+            why = "it has another path, so that nothing would be freed"
+        return relation.grade, why
+
+
 def _words(relation: Relation) -> tuple[str, ...]:
     """The steps from the keeper (x) to the file, or back, and then so said."""
     words = tuple(step.words for step in relation.steps)
@@ -320,6 +355,8 @@ def _stays(keeper: File, file: File, relation: Relation, choice: Choice, intact:
         return "offline"
     if file.is_link or keeper.is_link:
         return "a link"
+    if in_trash(keeper.path):
+        return "the keeper is in a trash folder"
     if file.doubtful and keeper.doubtful:
         return "perhaps the same file on two mounts"
     if keeper.alpha_off and not file.alpha_off:

@@ -1,0 +1,1 @@
+"""A collection sorted into groups of one style."""

@@ -1,0 +1,1 @@
+"""Combinations of LoRAs that come near to a target in style."""

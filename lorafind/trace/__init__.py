@@ -1,0 +1,1 @@
+"""Which LoRAs of a collection a file was merged or resized from."""
