@@ -24,14 +24,14 @@ def faults(times: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the GNU C library")
 def test_pages_are_cleared_once() -> None:
-    """Not at every step; and again as before when the training is over."""
+    """Not at every step; and they are given back when the training is over."""
     faults(1)
     once = faults(1)
     assert faults(4) > 3 * once
     with memory_kept(torch.device("cpu")):
         faults(1)
         assert faults(4) < once / 4
-    assert faults(4) > 3 * once
+    assert faults(1) > 0.75 * once, "nothing was given back"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the GNU C library")
