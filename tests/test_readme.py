@@ -1,4 +1,4 @@
-"""The README cannot rot: its commands are run, and what they print is compared.
+"""The README and docs/PYTHON.md cannot rot: what they show is run, and its output compared.
 
 - ``console`` blocks: each ``$ command`` runs in a shell, in order, in one empty folder, on a
   terminal of 100 columns; it has to end with 0 and to print what is shown below it, where
@@ -26,6 +26,7 @@ from tests.train import hub, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = ("README.md", "docs/PYTHON.md")
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ def test_exit_codes_are_listed() -> None:
     assert [(code, meaning.replace("`", "")) for code, meaning in listed] == meanings
 
 
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.skipif(os.name != "posix", reason="the examples are for a POSIX shell and terminal")
-def test_examples(tmp_path: Path) -> None:
+def test_examples(page: str, tmp_path: Path) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     lorafind = programs / "lorafind"
@@ -136,7 +138,7 @@ def test_examples(tmp_path: Path) -> None:
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    for block in blocks(README):
+    for block in blocks((ROOT / page).read_text("utf-8")):
         if block.language == "console":
             steps = [(["bash", "-c", command], shown) for command, shown in examples(block.text)]
         elif block.language == "python":
@@ -145,6 +147,6 @@ def test_examples(tmp_path: Path) -> None:
             continue
         for command, shown in steps:
             code, printed = run_on_terminal(command, folder, environment)
-            where = f"README.md, block at line {block.line}: {command[-1]}\n{printed}"
+            where = f"{page}, block at line {block.line}: {command[-1]}\n{printed}"
             assert code == 0, where
             assert not shown or matches(shown, printed), f"{where}instead of\n{shown}"

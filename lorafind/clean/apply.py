@@ -37,10 +37,20 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 @dataclass(frozen=True)
 class How:
-    """What to do with the files of a plan. folder: for ``move``, an absolute path."""
+    """What to do with the files of a plan. folder: for ``move``; it is made absolute.
+
+    Raises ValueError for a ``move`` without a folder, and for a folder with another kind.
+    """
 
     kind: Kind
     folder: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "move") != bool(self.folder):
+            raise ValueError("a folder belongs to 'move', and to nothing else")
+        if self.folder:
+            absolute = os.path.abspath(os.path.expanduser(self.folder))
+            object.__setattr__(self, "folder", absolute)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from lorafind.cli.output import Column, Mode, nearby
 from lorafind.cli.watch import Watch
 
 if TYPE_CHECKING:
-    from lorafind.clean.apply import How
+    from lorafind.clean.apply import How, Kind
 
 COLUMNS = (
     Column("path", "File", nearby),
@@ -75,10 +74,8 @@ def apply(
 
     if to_trash + (move is not None) + link != 1:
         raise typer.BadParameter("say what to do: one of --to-trash, --move DIR and --link")
-    if move is not None:
-        how = How("move", os.path.abspath(move.expanduser()))
-    else:
-        how = How("trash") if to_trash else How("link")
+    kind: Kind = "move" if move is not None else "trash" if to_trash else "link"
+    how = How(kind, str(move or ""))
     wanted = read(plan.expanduser())
     count = len(wanted.removals)
     if not count:

@@ -49,6 +49,8 @@ EXTRAS = {
     "peft": "train",
     "transformers": "images",
     "matplotlib": "plot",
+    "plotly": "map",
+    "umap": "umap",
 }
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

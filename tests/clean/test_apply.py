@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -58,6 +58,20 @@ def test_move_and_undo(shelf: Shelf) -> None:
     assert {back.outcome for back in shelf.undo()} == {"back"}
     assert snapshot(shelf.loras) == before and not snapshot(shelf.out)
     assert shelf.undo() == []
+
+
+def test_a_relative_folder(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is where the caller stands, and stays there whatever follows."""
+    monkeypatch.chdir(shelf.top)
+    how = How("move", shelf.out.name)
+    monkeypatch.chdir("/")
+    assert how == How("move", str(shelf.out))
+    with Index.open(shelf.db, write=True) as index:
+        moved = [row for row in index.apply(shelf.plan(), how) if row.outcome == "moved"]
+    assert moved and all(Path(row.to).is_relative_to(shelf.out) for row in moved)
+    for kind, folder in (("move", ""), ("link", "out")):
+        with pytest.raises(ValueError, match="folder"):
+            How(cast(Any, kind), folder)
 
 
 def test_trash_and_undo(shelf: Shelf, home: Path) -> None:
