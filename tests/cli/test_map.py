@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,10 +28,10 @@ def db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "i.db"
 
 
-def data(page: Path) -> dict[str, list[str]]:
+def data(page: Path) -> dict[str, Any]:
     found = re.search('<script type="application/json" id="data">(.*?)</script>', page.read_text())
     assert found
-    told: dict[str, list[str]] = json.loads(found[1])
+    told: dict[str, Any] = json.loads(found[1])
     return told
 
 
@@ -61,6 +64,26 @@ def test_groups_are_those_of_groups(db: Path, tmp_path: Path) -> None:
     theirs = [{m["path"] for m in group["members"]} for group in told if group["group"]]
     assert len(theirs) == 6
     assert sorted(map(sorted, mine.values())) == sorted(map(sorted, theirs))
+
+
+def test_the_preview_beside_a_file_is_in_the_page(db: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    beside = db.parent / "demo/wild/lobster-train-02.preview.png"
+    image.new("RGB", (640, 320), "teal").save(beside)
+    try:
+        done = small.run(db, "map", "-o", str(tmp_path / "m.html"), "--json")
+        none = small.run(db, "map", "-o", str(tmp_path / "n.html"), "--json", "--pictures", "0")
+    finally:
+        beside.unlink()
+    assert json.loads(done.stdout)["pictures"] == 1
+    assert json.loads(none.stdout)["pictures"] == 0
+    found = data(tmp_path / "m.html")
+    ((number, text),) = found["pictures"].items()
+    assert Path(found["path"][int(number)]).name == "lobster-train-02.safetensors"
+    with image.open(io.BytesIO(base64.b64decode(text))) as small_one:
+        assert small_one.width == 2 * small_one.height <= 640
+        red, green, blue = small_one.convert("RGB").getpixel((5, 5))
+        assert red < 20 and abs(green - 128) < 20 and abs(blue - 128) < 20
 
 
 def test_labels_colours_and_pictures(db: Path, tmp_path: Path) -> None:
