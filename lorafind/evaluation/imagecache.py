@@ -9,12 +9,13 @@ and time.
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from lorafind.files.whole import whole
 
 
 class Key(NamedTuple):
@@ -55,18 +56,12 @@ def load(file: Path) -> dict[Key, np.ndarray]:
 def save(file: Path, features: dict[Key, np.ndarray]) -> None:
     """Write the file whole, or leave the one that is there. Raises OSError where it cannot be."""
     keys = list(features)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-        try:
-            np.savez(
-                part,
-                paths=np.array([k.path for k in keys], dtype=str),
-                sizes=np.array([k.size for k in keys], np.int64),
-                times=np.array([k.time for k in keys], np.int64),
-                features=np.array(list(features.values()), np.float32),
-            )
-            part.close()
-            os.replace(part.name, file)
-        except BaseException:
-            part.close()
-            os.unlink(part.name)
-            raise
+    # Given a path, savez would put an ending of its own behind it.
+    with whole(file) as part, part.open("wb") as opened:
+        np.savez(
+            opened,
+            paths=np.array([k.path for k in keys], dtype=str),
+            sizes=np.array([k.size for k in keys], np.int64),
+            times=np.array([k.time for k in keys], np.int64),
+            features=np.array(list(features.values()), np.float32),
+        )

@@ -12,9 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
-import tempfile
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lorafind.bases.problem import BasisProblem
+from lorafind.files.whole import whole
 from lorafind.map.collect import Map
 from lorafind.map.points import AXES, COMPONENTS
 
@@ -53,18 +52,8 @@ def write(found: Map, path: Path, colour: str = "") -> None:
     Raises BasisProblem without plotly, OSError where the file cannot be written.
     """
     text = page(found, colour)
-    number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(number, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        # mkstemp makes files that only their owner may read.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def page(found: Map, colour: str = "") -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorafind.files.whole import whole
 from lorafind.map.collect import Map
 from lorafind.map.points import AXES
 from lorafind.report.plots import require
@@ -81,7 +82,8 @@ def write(found: Map, path: Path, colour: str, hulls: bool = True, stars: bool =
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lorafind"}):
         kind = path.suffix.lower()[1:]
         figure.savefig(out, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    path.write_bytes(out.getvalue())
+    with whole(path) as part:
+        part.write_bytes(out.getvalue())
 
 
 def _text(text: str) -> str:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import overload
 
 import torch
 
+from lorafind.files.whole import whole
 from lorafind.index.progress import Progress, Silent
 from lorafind.train.captions import Gathered
 from lorafind.train.images import Picture, square
@@ -324,14 +324,8 @@ def _read(file: Path) -> dict[str, torch.Tensor] | None:
 def write(file: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=file.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(content)
-        os.replace(part, file)
-    except BaseException:
-        os.unlink(part)
-        raise
+    with whole(file) as part:
+        part.write_bytes(content)
 
 
 def touch(file: Path) -> None:

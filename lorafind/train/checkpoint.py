@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import signal
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafind.files.whole import whole
 from lorafind.train.cache import Prepared
 from lorafind.train.problem import TrainProblem
 from lorafind.train.settings import Settings
@@ -125,26 +125,6 @@ def _counts(settings: Settings, name: str, value: Any) -> bool:
     except TrainProblem:
         # The value does not fit the other settings, so that these differ as well.
         return True
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of ``target`` when it is complete.
-
-    Raises OSError with the name of ``target``.
-    """
-    part = target.with_name(target.name + ".part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror or str(error), str(target)) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

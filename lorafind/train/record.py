@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafind.train.checkpoint import whole
+from lorafind.files.whole import whole
 from lorafind.train.problem import TrainProblem
 
 LABELS = "labels.csv"

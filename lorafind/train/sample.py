@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lorafind.train.checkpoint import whole
+from lorafind.files.whole import whole
 from lorafind.train.model import Base, quiet
 from lorafind.train.problem import TrainProblem
 

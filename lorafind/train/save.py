@@ -21,9 +21,9 @@ from torch import Tensor
 import lorafind
 from lorafind.files import hashes
 from lorafind.files.safetensors import read_header
+from lorafind.files.whole import whole
 from lorafind.train.adapters import Factors
 from lorafind.train.cache import Prepared
-from lorafind.train.checkpoint import whole
 from lorafind.train.model import Base
 from lorafind.train.problem import TrainProblem
 from lorafind.train.settings import Settings
