@@ -1,4 +1,4 @@
-"""The README and docs/PYTHON.md cannot rot: what they show is run, and its output compared.
+"""The README and the pages of docs/ cannot rot: what they show is run, its output compared.
 
 - ``console`` blocks: each ``$ command`` runs in a shell, in order, in one empty folder, on a
   terminal of 100 columns; it has to end with 0 and to print what is shown below it, where
@@ -26,7 +26,7 @@ from tests.train import hub, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = ("README.md", "docs/PYTHON.md")
+PAGES = ("README.md", "docs/PYTHON.md", "docs/SCALE.md")
 
 
 @dataclass(frozen=True)

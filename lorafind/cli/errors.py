@@ -50,7 +50,9 @@ EXTRAS = {
     "transformers": "images",
     "matplotlib": "plot",
     "plotly": "map",
-    "umap": "umap",
+    "pyarrow": "parquet",
+    "lancedb": "lancedb",
+    "ray": "ray",
 }
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 import typer
 from typer.testing import CliRunner, Result
 
@@ -95,7 +96,7 @@ def test_the_next_command_keeps_the_arguments_of_the_user() -> None:
 def test_extras_of_the_table_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     for package, extra in EXTRAS.items():
-        names = [line.partition(">=")[0] for line in project["optional-dependencies"][extra]]
+        names = [Requirement(line).name for line in project["optional-dependencies"][extra]]
         assert package in names
 
 
