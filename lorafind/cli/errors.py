@@ -49,6 +49,9 @@ EXTRAS = {
     "peft": "train",
     "transformers": "images",
     "matplotlib": "plot",
+    "pyarrow": "parquet",
+    "lancedb": "lancedb",
+    "ray": "ray",
 }
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
