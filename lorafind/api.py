@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from lorafind.clean.log import Log
     from lorafind.clean.plan import Plan, Written
     from lorafind.clean.undo import Back
+    from lorafind.exchange.merge import Merged
     from lorafind.groups.sort import Group as StyleGroup
     from lorafind.groups.sort import Wishes as GroupWishes
     from lorafind.index.build import Summary
     from lorafind.index.progress import Progress
+    from lorafind.index.relate import Outlook
     from lorafind.map.collect import Map
     from lorafind.map.collect import Wishes as MapWishes
     from lorafind.mix.mix import Mix
@@ -84,6 +86,9 @@ class Index:
         prune: bool = False,
         force_prune: bool = False,
         relate: bool = True,
+        engine: str = "local",
+        ray_address: str | None = None,
+        shard: tuple[int, int] | None = None,
         progress: Progress | None = None,
     ) -> Summary:
         """Bring the index up to date; see :func:`lorafind.index.build.build`."""
@@ -98,12 +103,17 @@ class Index:
             prune=prune,
             force_prune=force_prune,
             relate=relate,
+            engine=engine,
+            ray_address=ray_address,
+            shard=shard,
             progress=progress,
         )
 
     def forget(self, folder: str | os.PathLike[str]) -> bool:
         """Take a folder out of the index, with the LoRAs that only it has; False for a stranger."""
-        path = os.fsencode(os.path.abspath(os.path.expanduser(folder)))
+        from lorafind.files.place import absolute
+
+        path = os.fsencode(absolute(folder))
         if path not in {root.path for root in self.store.roots()}:
             return False
         self.store.forget_root(path)
@@ -255,7 +265,7 @@ class Index:
 
     def trace_all(self, progress: Progress | None = None) -> Iterator[Trace]:
         """:meth:`trace` of every LoRA of the index, one after the other."""
-        from lorafind.trace.origin import everything
+        from lorafind.trace.survey import everything
 
         return everything(self.store, progress)
 
@@ -285,3 +295,66 @@ class Index:
 
         asked = self.ask(target) if isinstance(target, str) else target
         return mix.mix(self.store, asked, wishes, progress)
+
+    def merge(
+        self,
+        paths: Sequence[str | os.PathLike[str]],
+        relate: bool = True,
+        progress: Progress | None = None,
+    ) -> Merged:
+        """Take other indexes into this one; see :func:`lorafind.exchange.merge.merge`.
+
+        The index must be open for writing; the others are only read.
+        """
+        from lorafind.exchange.merge import merge
+
+        return merge(self.store, paths, relate=relate, progress=progress)
+
+    def export(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        lancedb: str | None = None,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, int]:
+        """Write the index as Parquet files into a folder, or as tables of a LanceDB database.
+
+        Returns table → rows. Raises IndexProblem where something stands there already (with
+        ``force`` only where it is not an earlier export). Tables: ``lorafind/exchange/tables.py``.
+        """
+        from lorafind.exchange.share import export
+
+        return export(self.store.path, folder, lancedb, force=force, progress=progress)
+
+    def import_(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        lancedb: str | None = None,
+        relate: bool = True,
+        progress: Progress | None = None,
+    ) -> Merged:
+        """Take in what :meth:`export` wrote, by the rules of :meth:`merge`."""
+        from lorafind.exchange.share import import_tables, source_of
+
+        source = source_of(folder, lancedb)
+        return import_tables(self.store, source, relate=relate, progress=progress)
+
+    def outlook(self) -> list[Outlook]:
+        """What has been searched for copies only, and how long comparing it in full would take."""
+        from lorafind.index.relate import outlook
+
+        return outlook(self.store)
+
+    @property
+    def compared_in_full(self) -> tuple[int, int]:
+        """How many LoRAs have been compared with all others for every grade, and how many are."""
+        from lorafind.index.relate import compared_in_full
+
+        return compared_in_full(self.store)
+
+    def compare_all(self, progress: Progress | None = None) -> int:
+        """:meth:`finish` with the comparison of all LoRAs with all, however long; new relations."""
+        from lorafind.index.finish import finish
+        from lorafind.index.progress import Silent
+
+        return finish(self.store, progress or Silent(), deep=True)

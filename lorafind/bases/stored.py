@@ -36,6 +36,8 @@ GROWTH = 0.10
 #: Version of what :func:`lorafind.bases.collection.fit` does; a basis of another is fitted again.
 RULE = 2
 _BLOCK = 256
+#: LoRAs that are embedded in one transaction.
+_AT_ONCE = 65_536
 
 
 def open_stored(store: Store, name: str, light: bool = False) -> Basis | None:
@@ -103,8 +105,8 @@ def members(store: Store, architecture: str) -> tuple[np.ndarray, np.ndarray, np
         "JOIN signatures s ON s.lora = loras.id AND s.version = ? "
         "WHERE instr('-or-' || architecture || '-or-', '-or-' || ? || '-or-') ORDER BY id",
         (SIGNATURE_VERSION, architecture),
-    ).fetchall()
-    table = np.array(rows, np.int64).reshape(-1, 3)
+    )
+    table = np.fromiter((i for row in rows for i in row), np.int64).reshape(-1, 3)
     return table[:, 0], table[:, 1], table[:, 2]
 
 
@@ -131,11 +133,14 @@ def refresh(store: Store, architecture: str, force: bool = False) -> None:
         return
     if old is None or force or abs(count - old[1]) > GROWTH * old[1] or old[2] != RULE:
         basis = _fit(store, architecture, ids, layouts, families)
+        first = min(len(ids), _AT_ONCE)
         with store.batch():
             if old is not None:
                 store.drop_basis(old[0])
             store.put_basis(to_stored(basis))
-            embed_all(store, basis, ids, layouts)
+            embed_all(store, basis, ids[:first], layouts[:first])
+        # What was not embedded when a run ends is by the next one.
+        _catch_up(store, basis, ids, layouts)
         return
     kept = open_stored(store, old[0])
     assert kept is not None
@@ -147,11 +152,17 @@ def _catch_up(store: Store, basis: Basis, ids: np.ndarray, layouts: np.ndarray) 
     done = store.chunks.ids("embedding", basis.id)
     fresh = ~np.isin(ids, done)
     stale = np.setdiff1d(done, ids)
-    if fresh.any() or len(stale):
+    if len(stale):
         with store.batch():
             store.chunks.delete(stale.tolist(), "embedding", basis.id)
             store.chunks.delete(stale.tolist(), "parts", basis.id)
-            embed_all(store, basis, ids[fresh], layouts[fresh])
+    which, where = ids[fresh], layouts[fresh]
+    # Some at a time: one transaction of a million would take the log to gigabytes.
+    for start in range(0, len(which), _AT_ONCE):
+        with store.batch():
+            embed_all(
+                store, basis, which[start : start + _AT_ONCE], where[start : start + _AT_ONCE]
+            )
 
 
 def _own(store: Store, architecture: str) -> tuple[str, int, int | None] | None:

@@ -25,6 +25,7 @@ from lorafind.clean.log import Act, Log, Step
 from lorafind.clean.plan import Item, Plan
 from lorafind.clean.problem import CleanProblem
 from lorafind.clean.undo import Back, aside_of, sentence, undo_act
+from lorafind.files.place import is_remote
 from lorafind.index.progress import Progress, Silent
 from lorafind.index.store import Store
 from lorafind.search.dupes import PROVED, Choice, Judge
@@ -149,6 +150,8 @@ class _Run:
 
     def one(self, item: Item, group: tuple[Item, ...]) -> Outcome:
         """Check and do one file; raises _Stays, or OSError where it is as it was."""
+        if is_remote(item.path):
+            raise _Stays("it is in a store, where nothing is removed")
         if not os.path.lexists(item.path):
             return Outcome(item.path, "gone", reason="it is no longer there")
         keeper, facts = self._checked(item, group)

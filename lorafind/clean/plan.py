@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafind.clean.problem import CleanProblem
+from lorafind.files.place import absolute, is_remote
 
 if TYPE_CHECKING:
     from lorafind.search.dupes import Choice, Group, Judge
@@ -84,7 +85,7 @@ def write(path: Path, groups: Iterable[Group], choice: Choice, judge: Judge) -> 
         "about": ABOUT,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "grades": list(choice.named),
-        "protect": [os.path.abspath(os.path.expanduser(folder)) for folder in choice.protect],
+        "protect": [absolute(folder) for folder in choice.protect],
         "groups": described,
     }
     text = json.dumps(plan, ensure_ascii=False, indent=1) + "\n"
@@ -162,7 +163,8 @@ def _items(rows: Any, path: Path, number: int) -> tuple[Item, ...]:
     found = []
     for row in _list(rows, path, f"files of {where}"):
         name = row.get("path") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not os.path.isabs(name) or "\0" in name:
+        full = isinstance(name, str) and (os.path.isabs(name) or is_remote(name))
+        if not isinstance(name, str) or not full or "\0" in name:
             raise CleanProblem(f"{path}: a file of {where} has no full path: correct it.")
         if row.get("act") not in ("keep", "remove"):
             raise CleanProblem(
@@ -173,7 +175,8 @@ def _items(rows: Any, path: Path, number: int) -> tuple[Item, ...]:
             raise CleanProblem(
                 f"{path}: {name} in {where} has lost its sha256: make the plan anew."
             )
-        found.append(Item(os.path.normpath(name), row["act"] == "remove", digest))
+        place = name if is_remote(name) else os.path.normpath(name)
+        found.append(Item(place, row["act"] == "remove", digest))
     return tuple(found)
 
 

@@ -1,9 +1,10 @@
 """The Typer app: global options, commands that are imported when they are needed, exit codes.
 
-A command ``some-name`` is the function ``some_name`` of ``lorafind/cli/some_name.py``, made with
-:func:`lorafind.cli.options.command` and listed in PANELS. A command of SUBCOMMANDS has commands of
-its own: ``basis use`` is the function ``use`` of ``lorafind/cli/basis_use.py``. At import such a
-module loads nothing heavy: what it calls, it imports inside the function.
+A command ``some-name`` is the function ``some_name`` of ``lorafind/cli/some_name.py`` (``import``
+that of ``import_``), made with :func:`lorafind.cli.options.command` and listed in PANELS. A command
+of SUBCOMMANDS has commands of its own: ``basis use`` is the function ``use`` of
+``lorafind/cli/basis_use.py``. At import such a module loads nothing heavy: what it calls, it
+imports inside the function.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from itertools import islice
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn
 
@@ -30,7 +32,7 @@ from lorafind.cli.output import ReaderGone, flush
 #: panel of the help → commands
 PANELS: Mapping[str, Sequence[str]] = {
     "First steps": ("demo",),
-    "Index": ("index", "ls"),
+    "Index": ("index", "ls", "merge", "export", "import"),
     "Files": ("info", "compare", "whatis"),
     "Search": ("similar", "dupes", "epochs", "map", "groups", "mix", "trace"),
     "Cleaning up": ("apply", "undo"),
@@ -94,9 +96,9 @@ class Group(TyperGroup):
 
     def _load(self, name: str, whole: str, panel: str | None) -> Any:
         """The command ``name`` from the module that is called like the ``whole`` of it."""
-        module = import_module(f"{self.package}.{whole.replace('-', '_')}")
+        module = import_module(f"{self.package}.{_identifier(whole)}")
         single = typer.Typer(add_completion=False)
-        single.command(name, rich_help_panel=panel)(getattr(module, name.replace("-", "_")))
+        single.command(name, rich_help_panel=panel)(getattr(module, _identifier(name)))
         return typer.main.get_command(single)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -145,6 +147,11 @@ class Group(TyperGroup):
         if code == Code.INTERRUPTED:
             errors.say("interrupted.")
         sys.exit(int(code or Code.DONE))
+
+
+def _identifier(name: str) -> str:
+    """What a command is called in Python, where some words are taken."""
+    return name.replace("-", "_") + "_" * iskeyword(name)
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +12,14 @@ import typer
 
 from lorafind.cli.options import Session, command, targets
 from lorafind.cli.output import Column, Mode, nearby
-from lorafind.cli.watch import Watch
+from lorafind.cli.watch import Watch, duration
 
 if TYPE_CHECKING:
+    from lorafind.index.relate import Outlook
     from lorafind.search.dupes import Group
+
+#: A full comparison that takes more seconds than this is not begun on a terminal without asking.
+ASK_ABOVE = 60.0
 
 COLUMNS = (
     Column("path", "File", nearby),
@@ -73,6 +78,17 @@ def dupes(
             show_default=False,
         ),
     ] = None,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="Compare all LoRAs with all, for every grade, however many there are. Tells how "
+            "long it will take before it begins; goes on where it was interrupted.",
+        ),
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --deep: begin without asking, however long.")
+    ] = False,
 ) -> int | None:
     """The same LoRA under other names, spellings, dtypes, scales, ranks; nothing is changed.
 
@@ -80,6 +96,7 @@ def dupes(
     """
     from lorafind.api import Index
     from lorafind.index.problem import IndexProblem
+    from lorafind.relations.buckets import COPIES
     from lorafind.relations.grades import GRADES
     from lorafind.search.dupes import PROVED, Choice
 
@@ -96,14 +113,26 @@ def dupes(
     )
     with Index.open(session.db) as index:
         late = index.unfinished
-    if late:
+        left = index.outlook() if deep else []
+    if left and _agreed(session, left, yes):
+        with Index.open(session.db, write=True) as index, Watch(session.sink) as watch:
+            index.compare_all(watch)
+            late = False
+    elif late:
         try:
             with Index.open(session.db, write=True) as index, Watch(session.sink) as watch:
                 index.finish(watch)
+                late = False
         except IndexProblem as error:
             # Another process is indexing, or the index is read-only: what is proved still holds.
             session.sink.warn(f"{error} Relations of the newest LoRAs are not proved yet.")
     with Index.open(session.db) as index:
+        done, total = index.compared_in_full
+        if not late and done < total and set(choice.grades) - set(COPIES):
+            session.sink.note(
+                f"{done:,d} of {total:,d} LoRAs are compared in full; of the others only "
+                f"{', '.join(COPIES)} were looked for: `lorafind dupes --deep` does the rest."
+            )
         found = index.dupes(choice)
         if others or session.sink.mode is Mode.PATHS:
             rows: Iterator[dict[str, Any]] = _members(found)
@@ -136,6 +165,26 @@ def dupes(
             )
             session.sink.hint(f"lorafind apply {shlex.quote(str(plan))} --to-trash")
     return None
+
+
+def _agreed(session: Session, left: list[Outlook], yes: bool) -> bool:
+    """Say how long the full comparison takes; whether to begin it."""
+    seconds = sum(series.seconds for series in left)
+    count = sum(series.left for series in left)
+    if seconds >= 1:
+        session.sink.note(
+            f"Comparing {count:,d} LoRAs with all of {sum(s.loras for s in left):,d} takes about "
+            f"{duration(seconds)} (an estimate, from a measurement on some of them), and the "
+            "proofs of what it finds. It can be interrupted and goes on by `lorafind dupes --deep`."
+        )
+    if yes or seconds <= ASK_ABOVE or not _terminal():
+        return True
+    return typer.confirm("Begin?", err=True)
+
+
+def _terminal() -> bool:
+    """True where somebody can answer."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _members(groups: Iterator[Group]) -> Iterator[dict[str, Any]]:

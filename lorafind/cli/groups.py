@@ -60,8 +60,8 @@ def groups(
     link: Annotated[
         Path | None,
         typer.Option(
-            help="Make this folder, with a folder of links per group. It must not be there yet, or "
-            "be empty; no file is moved.",
+            help="Make this folder, with a folder of links per group; no file is moved. It must be "
+            "new, empty or of an earlier run, which it then replaces.",
             show_default=False,
         ),
     ] = None,
@@ -83,9 +83,11 @@ def groups(
     with Store.open(session.db) as store, Watch(session.sink) as watch:
         found = list(find_groups(store, Wishes(number, least, arch), watch))
     if link is not None:
-        made, missing = make_links(found, link)
-        left = f"; {missing} LoRAs have no file that is there now" if missing else ""
-        session.sink.note(f"{made} links in {link}{left}.")
+        made = make_links(found, link)
+        more = f" and {made.beside} to sidecars and previews" if made.beside else ""
+        left = f"; {made.missing} LoRAs have no file that is there now" if made.missing else ""
+        same = ", as they were" if made.same else ""
+        session.sink.note(f"{made.links} links{more} in {link}{same}{left}.")
     if members:
         session.sink.rows(MEMBERS, _members(found))
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,17 @@ from lorafind.cli.watch import Watch
 
 if TYPE_CHECKING:
     from lorafind.index.build import Summary
+    from lorafind.index.shard import Shard
+
+BEYOND = "Beyond one machine"
+
+
+class Engine(StrEnum):
+    """What reads files and computes."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
 
 COLUMNS = (
     Column("path", "File", nearby),
@@ -27,8 +39,11 @@ COLUMNS = (
 def index(
     session: Session,
     paths: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Folders and files; none: every folder that is known.", metavar="PATH"),
+        list[str] | None,
+        typer.Argument(
+            help="Folders, files and URLs (s3://bucket/loras); none: every one that is known.",
+            metavar="PATH",
+        ),
     ] = None,
     comfyui: Annotated[
         Path | None,
@@ -51,13 +66,38 @@ def index(
         bool, typer.Option("--yes", help="With --prune: even where over half of a folder is gone.")
     ] = False,
     forget: Annotated[
-        list[Path] | None,
-        typer.Option(help="A folder to take out of the index (repeat it).", show_default=False),
+        list[str] | None,
+        typer.Option(
+            help="A folder or URL to take out of the index (repeat it).", show_default=False
+        ),
     ] = None,
     relations: Annotated[
         bool,
         typer.Option("--relations/--no-relations", help="Prove relations and fit bases now."),
     ] = True,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Index the i-th of n parts only, each in an index of its own, for `lorafind "
+            "merge`; relations are left to it.",
+            metavar="I/N",
+            show_default=False,
+            rich_help_panel=BEYOND,
+        ),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="What reads the files.", rich_help_panel=BEYOND)
+    ] = Engine.LOCAL,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="The Ray cluster to join with --engine ray; none: that of RAY_ADDRESS, else one "
+            "on this machine for the time of the run.",
+            metavar="ADDRESS",
+            show_default=False,
+            rich_help_panel=BEYOND,
+        ),
+    ] = None,
 ) -> int | None:
     """Bring the index up to date: new and changed files are read, all others only looked at.
 
@@ -67,6 +107,11 @@ def index(
     from lorafind.api import Index
     from lorafind.files.comfyui import comfyui_lora_paths
 
+    part = _shard(shard)
+    if engine is Engine.LOCAL and ray_address is not None:
+        raise typer.BadParameter("--ray-address needs --engine ray")
+    if engine is Engine.RAY and device not in ("auto", "cpu"):
+        raise typer.BadParameter(f"--engine ray computes on CPUs: leave out --device {device}")
     wanted: list[str | bytes | os.PathLike[str]] = list(paths or [])
     if comfyui is not None:
         found = comfyui_lora_paths(comfyui)
@@ -87,6 +132,9 @@ def index(
             prune=prune,
             force_prune=yes,
             relate=relations,
+            engine=engine.value,
+            ray_address=ray_address,
+            shard=part,
             progress=watch,
         )
     rows = [
@@ -98,7 +146,23 @@ def index(
     else:
         session.sink.rows(COLUMNS, rows)
         _tell(session, summary)
+        if part is not None:
+            session.sink.note(
+                f"This is shard {part}, without relations and bases: `lorafind merge` brings all "
+                "shards together and finds them."
+            )
     return Code.PARTIAL if any(r["outcome"] in BROKEN for r in rows) else None
+
+
+def _shard(text: str | None) -> Shard | None:
+    from lorafind.index.shard import Shard
+
+    if text is None:
+        return None
+    try:
+        return Shard.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 #: Outcomes that mean that a file could not be read, not that it is something else.
@@ -117,6 +181,7 @@ def _as_json(summary: Summary, rows: list[dict[str, str]]) -> dict[str, Any]:
         "pruned": summary.pruned,
         "refused": rows,
         "passed": summary.passed,
+        "elsewhere": summary.elsewhere,
         "offline": {os.fsdecode(k): v for k, v in summary.offline.items()},
         "unreachable": {os.fsdecode(k): v for k, v in summary.unreachable.items()},
         "relations": summary.relations,
@@ -136,6 +201,7 @@ def _tell(session: Session, summary: Summary) -> None:
         "pruned": summary.pruned,
         "not indexed": len(summary.refused),
         "passed over (part files, trash)": summary.passed,
+        "left to other shards": summary.elsewhere,
     }
     said = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n) or "nothing found"
     size = f"{summary.bytes / 1e6:,.0f} MB in " if summary.bytes else ""

@@ -22,6 +22,8 @@ COLUMNS = (
     Column("score", "Alone", ".3f", "right"),
     Column("mix_score", "Mix", ".3f", "right"),
 )
+#: A difference of scores that is worth a sentence.
+TOLD = 0.005
 
 
 @command
@@ -65,7 +67,7 @@ def mix(
     """
     from lorafind.index.store import Store
     from lorafind.mix.merge import DTYPES, merge, refuse_taken
-    from lorafind.mix.mix import Wishes
+    from lorafind.mix.mix import Wishes, score_of
     from lorafind.mix.mix import mix as find_mix
     from lorafind.search.query import ask
 
@@ -76,9 +78,10 @@ def mix(
     place = out.expanduser().absolute() if out is not None else None
     if place is not None:
         refuse_taken(place, force)
-    merged = None
+    merged = of_file = None
     with Store.open(session.db) as store, Watch(session.sink) as watch:
-        found = find_mix(store, ask(store, target, allow_pickle), Wishes(terms, signed), watch)
+        asked = ask(store, target, allow_pickle)
+        found = find_mix(store, asked, Wishes(terms, signed), watch)
         if place is not None:
             merged = merge(
                 found.terms,
@@ -90,20 +93,26 @@ def mix(
                 {"lorafind_basis": found.basis},
                 watch,
             )
-    _tell(session, found, merged)
+            of_file = score_of(store, asked, merged.path)
+    _tell(session, found, merged, of_file)
     return None
 
 
-def _tell(session: Session, found: Mix, merged: Merged | None) -> None:
+def _tell(session: Session, found: Mix, merged: Merged | None, of_file: float | None) -> None:
     sink = session.sink
     if sink.mode in (Mode.JSON, Mode.JSONL):
-        whole = {**found.to_json(), "file": asdict(merged) if merged else None}
+        file = {**asdict(merged), "score": of_file} if merged else None
+        whole = {**found.to_json(), "file": file}
         sink.record(COLUMNS, whole)
         return
     sink.rows(COLUMNS, _rows(found))
     for skipped in found.skipped[:3]:
         sink.note(f"Left out: {skipped}")
     sink.note(f"A1111: {found.a1111}")
+    for name in found.unsaid:
+        sink.note(
+            f"A1111 cannot read the name {name}, as it has one of : < > in it: rename the file."
+        )
     sink.note(
         "ComfyUI: "
         + ", ".join(f"{row['lora_name']} {row['strength_model']:g}" for row in found.comfyui)
@@ -112,11 +121,24 @@ def _tell(session: Session, found: Mix, merged: Merged | None) -> None:
         f"The mix has a score of {found.score:.3f} to {nearby(found.target)} (the linear model "
         f"says {found.model:.3f}), the nearest single LoRA {found.nearest:.3f}."
     )
+    if found.apart:
+        sink.note(
+            "Left out, as they have no layers in common with the target (a text encoder alone, "
+            f"for instance): {found.apart}."
+        )
     if merged is not None:
         low, high = merged.ranks
         ranks = str(low) if low == high else f"{low}–{high}"
         lost = f"; {merged.lost:.2%} of ‖ΔW‖² left out by the rank" if merged.lost else ""
         sink.note(f"{nearby(merged.path)}: {merged.modules} modules, rank {ranks}{lost}.")
+    later = found.fresh if of_file is None else of_file
+    if abs(later - found.score) >= TOLD:
+        why = (
+            "with what the rank left out"
+            if merged is not None and merged.lost
+            else "as the basis was fitted without it, but with the LoRAs whose noise is in it"
+        )
+        sink.note(f"Once the file is indexed, in `similar` its score is {later:.3f}, {why}.")
 
 
 def _rows(found: Mix) -> list[dict[str, Any]]:

@@ -58,9 +58,10 @@ def trace(
 
     A parent is named only where the weights prove it: the sum of all parents leaves nothing but
     rounding (kind sum, factor sum), or the parent alone lies in the file to rounding while others
-    are missing (part). Kin, such as epochs of one run, are told apart and never called parents.
-    Weights multiply ΔW; of a factor sum (kohya's merge) it is the ratio, which stands in both
-    factors. Explained: the share of ‖ΔW‖² that goes without this parent. ± is an estimate.
+    are missing (part). What explains much without a proof is told as an estimate, and kin, such as
+    epochs of one run, apart; neither is a parent. Weights multiply ΔW; of a factor sum (kohya's
+    merge) it is the ratio, which stands in both factors. Explained: the share of ‖ΔW‖² that goes
+    without this parent. ± is an estimate. With --all, Ctrl-C gives what was found until then.
     """
     if everything == bool(names):
         raise typer.BadParameter("name files, or give --all, and not both")
@@ -73,7 +74,7 @@ def trace(
     found = _Found(session)
     with Index.open(session.db) as index, Watch(session.sink) as watch:
         if everything:
-            traces = index.trace_all(watch)
+            traces = found.until_interrupted(index.trace_all(watch))
         else:
             traces = found.named(index, names or [], allow_pickle, watch)
         if as_dot:
@@ -90,17 +91,31 @@ def trace(
             session.sink.rows(COLUMNS, ({"path": p.path} for t in traces for p in t.parents))
         else:
             session.sink.rows(COLUMNS, found.rows(traces, tell=not everything))
-    if everything and not session.sink.count and not as_dot:
+    if found.code == Code.INTERRUPTED:
+        session.sink.warn(
+            f"Interrupted after {found.count:,} LoRAs: this is what was found until then."
+        )
+    elif everything and not session.sink.count:
         session.sink.note("No parent found for any LoRA of the index.")
     return found.code
 
 
 class _Found:
-    """Traces of what the user named. code: the exit code so far."""
+    """Traces of what the user wants. code: the exit code so far; count: traces of ``--all``."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.code: int | None = None
+        self.count = 0
+
+    def until_interrupted(self, traces: Iterator[Trace]) -> Iterator[Trace]:
+        """The traces until Ctrl-C, so that a tree, a graph or a document ends as it should."""
+        try:
+            for trace in traces:
+                self.count += 1
+                yield trace
+        except KeyboardInterrupt:
+            self.code = Code.INTERRUPTED
 
     def named(
         self, index: Index, names: list[str], allow_pickle: bool, watch: Watch
@@ -141,7 +156,16 @@ def told(trace: Trace) -> Iterator[str]:
         missing = "" if trace.complete else ": a parent is missing from the index, or more"
         yield f"{name}: {trace.explained:.2%} of ‖ΔW‖² explained, {trace.left:.2g} left{missing}."
     if trace.limit is not None:
-        yield f"Parents below a weight of about {trace.limit:.2g} could be missed (an estimate)."
+        yield (
+            f"Parents of the usual strength below a weight of about {trace.limit:.2g} could be "
+            "missed (an estimate)."
+        )
+    for other in trace.likely:
+        yield (
+            f"Not proved, an estimate: {other['weight']:.2g} × {nearby(other['path'])} would "
+            f"explain {other['explained']:.0%} of ‖ΔW‖²: another state of one run, or an "
+            "ingredient (or its sibling) of a merge that was cut down afterwards."
+        )
     for other in trace.related:
         yield (
             f"Alike, but no proof of descent: {nearby(other['path'])} (cosine "

@@ -78,9 +78,9 @@ def read_sources(
     Returns the adapters in the order of the paths, and what holds none with a sentence each; never
     raises for a bad file.
     """
-    from lorafind.index.build import workers
     from lorafind.index.reconcile import Read
     from lorafind.index.store import layout_digest
+    from lorafind.index.workers import workers
     from lorafind.signatures.device import choose
 
     rows: defaultdict[Found, list[int]] = defaultdict(list)

@@ -11,6 +11,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from lorafind.files.place import is_remote, scheme_of
+
 MOUNTINFO = Path("/proc/self/mountinfo")
 
 #: Inode numbers on these survive a remount (exFAT, FAT, FUSE and most network drives make them up).
@@ -60,14 +62,16 @@ def _mounts() -> list[tuple[bytes, str]]:
 def filesystem(path: str | bytes | os.PathLike[str]) -> str:
     """Type of the filesystem of ``path`` (``ext4``, ``nfs4``, …), empty where it is unknown.
 
-    Mounts are read once per process.
+    Of a URL its scheme. Mounts are read once per process.
     """
+    if is_remote(path):
+        return scheme_of(path)
     return kind_of(os.path.realpath(os.fsencode(path)), _mounts())
 
 
 def remote(path: str | bytes | os.PathLike[str]) -> bool:
     """True where ``path`` is on a network drive or a user-space filesystem, as far as is known."""
-    if os.fsdecode(os.path.realpath(path)).startswith("\\\\"):
+    if is_remote(path) or os.fsdecode(os.path.realpath(path)).startswith("\\\\"):
         return True
     kind = filesystem(path)
     return kind in REMOTE or kind.startswith("fuse.")

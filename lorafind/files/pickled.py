@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import re
 import warnings
@@ -19,6 +20,7 @@ from torch import Tensor
 from lorafind.files.hashes import WRITTEN
 from lorafind.files.header import MAX_NAME
 from lorafind.files.outcome import NotAnAdapter, shown
+from lorafind.files.place import is_remote, state
 from lorafind.files.safetensors import (
     CHUNK,
     STREAM_ABOVE,
@@ -26,6 +28,7 @@ from lorafind.files.safetensors import (
     Opened,
     Path,
     TensorInfo,
+    refused,
 )
 from lorafind.files.sniff import SAMPLE, sniff
 from lorafind.files.tensors import NAMES
@@ -63,6 +66,15 @@ def load(path: Path, allow_pickle: bool = False) -> Pickled:
     ``empty``, ``unreadable``, or what the file is instead.
     """
     name = PurePath(path).name
+    if is_remote(path) and allow_pickle and state(path).st_size > STREAM_ABOVE:
+        # PyTorch maps a large file into memory, which an object in a store cannot be.
+        from lorafind.files.spool import copy_of
+
+        try:
+            copy = copy_of(os.fspath(path))
+        except OSError as error:
+            raise refused(path, error) from error
+        return load(copy.path, allow_pickle)
     with Opened(path) as opened:
         sample = bytearray(min(SAMPLE, opened.size))
         opened.fill(memoryview(sample))

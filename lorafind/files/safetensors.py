@@ -20,8 +20,9 @@ from lorafind.files.header import Path as Path
 from lorafind.files.header import TensorInfo as TensorInfo
 from lorafind.files.header import header_length as header_length
 from lorafind.files.header import parse_header as parse_header
-from lorafind.files.opening import NotAFile, open_regular
+from lorafind.files.opening import NotAFile, open_anywhere
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import is_remote
 from lorafind.files.sniff import SAMPLE
 
 #: Files above this many bytes are read tensor by tensor.
@@ -45,22 +46,34 @@ def refused(path: Path, error: OSError) -> NotAnAdapter:
 
 
 class Opened:
-    """A regular file opened for reading, with the state that it had."""
+    """A regular file, or an object in a store, opened for reading, with the state that it had.
 
-    def __init__(self, path: Path) -> None:
+    until: no byte after this one will be read, None for the whole file.
+    """
+
+    def __init__(self, path: Path, until: int | None = None) -> None:
         self.path = path
         try:
-            self.file = open_regular(path)
-            self.before = os.fstat(self.file.fileno())
+            self.file, self._state = open_anywhere(path, until)
         except OSError as error:
+            raise self.refused(error) from error
+        try:
+            self.before = self._state()
+        except OSError as error:
+            self.file.close()
             raise self.refused(error) from error
         self.size = self.before.st_size
 
     def __enter__(self) -> Opened:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if isinstance(error, NotAnAdapter) and is_remote(self.path):
+                # Between two requests one object may have become another.
+                self.settle()
+        finally:
+            self.file.close()
 
     @property
     def name(self) -> str:
@@ -109,7 +122,7 @@ class Opened:
     def settle(self) -> None:
         """Raise ``changing`` where the file is not as it was when it was opened."""
         try:
-            after = os.fstat(self.file.fileno())
+            after = self._state()
         except OSError as error:
             raise self.refused(error) from error
         if (after.st_size, after.st_mtime_ns) != (self.before.st_size, self.before.st_mtime_ns):
@@ -262,7 +275,7 @@ def fetch_from(path: Path, header: Header) -> Callable[[str], memoryview]:
 
     def fetch(key: str) -> memoryview:
         info = header.tensors[key]
-        with _again(path, header, info.begin) as opened:
+        with _again(path, header, info.begin, info.end) as opened:
             view = memoryview(bytearray(info.end - info.begin))
             opened.fill(view)
             opened.settle()
@@ -277,7 +290,7 @@ def pieces(path: Path, header: Header, begin: int, end: int) -> Iterator[memoryv
     Each piece is valid until the next. Raises NotAnAdapter as :func:`fetch_from` does.
     """
     view = memoryview(bytearray(min(CHUNK, end - begin)))
-    with _again(path, header, begin) as opened:
+    with _again(path, header, begin, end) as opened:
         for at in range(begin, end, CHUNK):
             piece = view[: end - at]
             opened.fill(piece)
@@ -285,9 +298,9 @@ def pieces(path: Path, header: Header, begin: int, end: int) -> Iterator[memoryv
         opened.settle()
 
 
-def _again(path: Path, header: Header, begin: int) -> Opened:
-    """The file whose header was read, opened again, at a byte of its data section."""
-    opened = Opened(path)
+def _again(path: Path, header: Header, begin: int, end: int) -> Opened:
+    """The file whose header was read, opened again, for bytes of its data section."""
+    opened = Opened(path, header.data_start + end)
     state = header.size, header.mtime_ns
     try:
         if state not in ((opened.size, opened.before.st_mtime_ns), (opened.size, None)):

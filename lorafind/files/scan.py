@@ -7,6 +7,7 @@ same tree always gives the same paths, and a cycle of links ends.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections import deque
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from lorafind.files.mounts import stable_inodes
 from lorafind.files.opening import open_regular
+from lorafind.files.place import is_remote
 
 SAFETENSORS = (b".safetensors",)
 PICKLED = (b".pt", b".bin", b".ckpt", b".pth")
@@ -60,6 +62,9 @@ class Found(NamedTuple):
     path: below ``root``, empty where the root is itself the file. Numbers are cut to 63 bits, as
     SQLite holds them. outcome: empty for a file to look into, else ``not-a-file``, ``pickle`` or
     ``inaccessible``, with the reason in one sentence.
+
+    Of an object in a store mtime and inode are of its :class:`~lorafind.files.remote.Facts`, and
+    ctime is 0 where the store gives no version tag.
     """
 
     root: bytes
@@ -126,6 +131,11 @@ class _Walk:
 
     def run(self, targets: Iterable[Target]) -> Iterator[Found]:
         for target in targets:
+            if is_remote(target.root):
+                from lorafind.files import listing
+
+                yield from listing.scan(target, self.report, self.allow_pickle)
+                continue
             start = join(target.root, target.prefix)
             try:
                 facts = os.stat(start)
@@ -192,7 +202,7 @@ class _Walk:
             self.report.unreachable[entry.path] = error.strerror or str(error)
             return
         if folder:
-            if _trash(name, path):
+            if is_trash(name, path):
                 self.report.passed.append(entry.path)
                 return
             self.real.append((root, path))
@@ -219,7 +229,7 @@ class _Walk:
         if stat.S_ISDIR(facts.st_mode):
             self.linked.append((root, path))
         if candidate:
-            if _partial(entry.name, facts.st_size, names):
+            if is_partial(entry.name, facts.st_size, names):
                 self.report.passed.append(entry.path)
             else:
                 yield self._file(root, path, facts, link)
@@ -232,9 +242,8 @@ class _Walk:
         if not stat.S_ISREG(facts.st_mode):
             outcome = "not-a-file"
             reason = f"it is {_KINDS.get(stat.S_IFMT(facts.st_mode), 'no regular file')}"
-        elif not self.allow_pickle and (path or root).lower().endswith(PICKLED):
-            outcome = "pickle"
-            reason = "it is a pickle, which can run code when it is opened: needs --allow-pickle"
+        else:
+            outcome, reason = unasked_pickle(path or root, self.allow_pickle)
         return Found(
             root,
             path,
@@ -265,7 +274,15 @@ def _place(target: Target, start: bytes) -> bytes:
     return b""
 
 
-def _trash(name: bytes, path: bytes) -> bool:
+def unasked_pickle(path: bytes, allow_pickle: bool) -> tuple[str, str]:
+    """(outcome, reason) of a file that is not to be opened without its owner's word, else empty."""
+    if allow_pickle or not path.lower().endswith(PICKLED):
+        return "", ""
+    return "pickle", "it is a pickle, which can run code when it is opened: needs --allow-pickle"
+
+
+def is_trash(name: bytes, path: bytes) -> bool:
+    """True for a folder of what was thrown away; ``name`` is its last part in lower case."""
     return (
         name in PASSED_FOLDERS
         or name.startswith(b".trash-")
@@ -273,7 +290,7 @@ def _trash(name: bytes, path: bytes) -> bool:
     )
 
 
-def _partial(name: bytes, size: int, names: set[bytes]) -> bool:
+def is_partial(name: bytes, size: int, names: set[bytes]) -> bool:
     """True for AppleDouble files, for what aria2 is writing, and for a browser's placeholder."""
     if name.startswith(b"._") or name + b".aria2" in names:
         return True
@@ -285,8 +302,11 @@ def probe(path: bytes | str | os.PathLike[str]) -> bytes:
 
     Covers the first 8 + 64 Ki bytes, the last 64 Ki, and SAMPLES blocks of 4 KiB at equal distances
     between them: two trainings may share a header and an untrained last layer, but not all of
-    those. Raises OSError where the file cannot be read.
+    those. Raises OSError where the file cannot be read, and for a URL, where every block would be a
+    request.
     """
+    if is_remote(path):
+        raise OSError(errno.EINVAL, "an object in a store is not probed", os.fsdecode(path))
     digest = blake2b(digest_size=16)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -12,10 +12,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from lorafind.files.opening import open_regular
+from lorafind.files.opening import read_at_most
+from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import beside, folder_of, is_remote
 
 #: A sidecar longer than this is not read.
 MAX_SIDECAR = 8 * 2**20
@@ -61,30 +62,45 @@ def read_sidecars(path: str | os.PathLike[str], names: set[str] | None = None) -
 
     names: of the files in its folder, where the caller has listed it already. Never raises.
     """
-    path = Path(path)
+    own = os.path.basename(os.fspath(path))
+    stem = _stem(own)
     if names is None:
+        folder = folder_of(path)
         try:
-            names = set(os.listdir(path.parent))
+            names = names_in(folder)
         except OSError as error:
-            return Sidecar(broken=((path.parent.name, _why(error)),))
+            return Sidecar(broken=((os.path.basename(folder), _why(error)),))
     found = Sidecar()
     for suffix, take in READERS:
-        name = path.stem + suffix
-        if name not in names or name == path.name:
+        name = stem + suffix
+        if name not in names or name == own:
             continue
         try:
-            part = take(_text(path.with_name(name)))
+            part = take(_text(beside(path, name)))
         except (OSError, ValueError, RecursionError) as error:
             found = replace(found, broken=(*found.broken, (name, _why(error))))
             continue
         found = _merge(found, replace(part, files=(name,)))
-    if path.stem == "adapter_model" and CONFIG in names:
+    if stem == "adapter_model" and CONFIG in names:
         try:
-            _object(_text(path.with_name(CONFIG)))
+            _object(_text(beside(path, CONFIG)))
         except (OSError, ValueError, RecursionError) as error:
             found = replace(found, broken=(*found.broken, (CONFIG, _why(error))))
-    preview = next((path.stem + p for p in PREVIEWS if path.stem + p in names), None)
+    preview = next((stem + p for p in PREVIEWS if stem + p in names), None)
     return replace(found, preview=preview)
+
+
+def names_in(folder: str) -> set[str]:
+    """What stands in a folder, or below a URL; raises OSError."""
+    if is_remote(folder):
+        from lorafind.files import remote
+
+        return {entry.name for entry in remote.listing(folder)}
+    return set(os.listdir(folder or os.curdir))
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
 
 
 def _merge(first: Sidecar, second: Sidecar) -> Sidecar:
@@ -94,12 +110,8 @@ def _merge(first: Sidecar, second: Sidecar) -> Sidecar:
     return Sidecar(**chosen, files=first.files + second.files, broken=first.broken + second.broken)
 
 
-def _text(path: Path) -> str:
-    with open_regular(path) as file:
-        data = bytearray()
-        # A read may give less than was asked for, and a file may grow.
-        while len(data) <= MAX_SIDECAR and (piece := file.read(MAX_SIDECAR + 1 - len(data))):
-            data += piece
+def _text(path: str) -> str:
+    data = read_at_most(path, MAX_SIDECAR + 1)
     if len(data) > MAX_SIDECAR:
         raise ValueError(f"it is longer than {MAX_SIDECAR:,} bytes")
     return data.decode("utf-8-sig")
@@ -223,13 +235,17 @@ def adapter_config(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """``adapter_config.json`` beside ``adapter_model.*``, which holds the scale; else None.
 
     A broken one is as none (:func:`read_sidecars` tells of it): the weights can be read without.
+    Raises NotAnAdapter where a store does not answer, since the scale may be there.
     """
-    path = Path(path)
-    if path.stem != "adapter_model":
+    if _stem(os.path.basename(os.fspath(path))) != "adapter_model":
         return None
     try:
-        return _object(_text(path.with_name(CONFIG)))
-    except (OSError, ValueError, RecursionError):
+        return _object(_text(beside(path, CONFIG)))
+    except OSError as error:
+        if is_remote(path) and not isinstance(error, FileNotFoundError):
+            raise NotAnAdapter("inaccessible", f"{CONFIG} cannot be read: {_why(error)}") from error
+        return None
+    except (ValueError, RecursionError):
         return None
 
 
@@ -302,8 +318,9 @@ def facts_from_metadata(metadata: Mapping[str, str]) -> Facts:
 
 def display_name(path: str | os.PathLike[str], sidecar: Sidecar, facts: Facts) -> str:
     """What a file is called: sidecar, title, output name, stem; the folder for generic stems."""
-    path = Path(path)
-    stem = path.parent.name if path.stem in GENERIC and path.parent.name else path.stem
+    stem = _stem(os.path.basename(os.fspath(path)))
+    if stem in GENERIC:
+        stem = os.path.basename(folder_of(path)) or stem
     return sidecar.name or facts.title or facts.output_name or stem
 
 

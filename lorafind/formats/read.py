@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from torch import Tensor
 
 from lorafind.files import pickled, safetensors, sidecars
 from lorafind.files.outcome import NotAnAdapter, one_line
+from lorafind.files.place import is_remote, state
 from lorafind.files.safetensors import (
     FLOATS,
     STREAM_ABOVE,
@@ -29,6 +31,10 @@ from lorafind.files.tensors import (
 from lorafind.formats.adapter import Adapter, Fetch, ModulePlan, Plan
 from lorafind.formats.delta import Delta
 from lorafind.formats.plan import plan_of, weights_of
+
+#: Tensors up to this many bytes (alphas above all) are kept while a large file is streamed: each
+#: is wanted again, and to open the file for it costs more than its bytes.
+SMALL = 1024
 
 Visit = Callable[[ModulePlan, Delta], None]
 
@@ -61,18 +67,20 @@ def read(
     allow_pickle: bool = False,
     buffer: bytearray | None = None,
     visit: Visit | None = None,
+    size: int | None = None,
 ) -> Reading:
     """Read a file once: header, both digests, every number looked at. Never raises for bad input.
 
     The adapter's tensors are in memory, in ``buffer`` where one is given (they change with the next
     file that is read into it); those of a file above STREAM_ABOVE are read again from the disk by
     each access. visit: called with every module and its ΔW, for a large file during the one pass.
+    size: in bytes, where the caller knows it: a store is then not asked for it.
     """
     try:
         config = sidecars.adapter_config(path)
         if is_pickled(path):
             return _read_pickled(path, allow_pickle, config, visit)
-        if os.stat(path).st_size > STREAM_ABOVE:
+        if (state(path).st_size if size is None else size) > STREAM_ABOVE:
             return _read_stream(path, config, visit)
         return _read_whole(path, config, buffer, visit)
     except NotAnAdapter as error:
@@ -85,14 +93,39 @@ def read(
 def open_adapter(path: Path, allow_pickle: bool = False) -> Adapter:
     """An adapter that reads each tensor from the disk when it is asked for.
 
-    Raises NotAnAdapter; values (NaN, zero) are not looked at.
+    An object in a store is copied to this machine first (:mod:`lorafind.files.spool`). Raises
+    NotAnAdapter; values (NaN, zero) are not looked at.
     """
     config = sidecars.adapter_config(path)
+    if is_remote(path):
+        return _open_copy(path, allow_pickle, config)
     if is_pickled(path):
         found = pickled.load(path, allow_pickle)
         return _adapter(plan_of(found.header, config), found.header, found.tensors.__getitem__)
     header = safetensors.read_header(path)
     return _adapter(plan_of(header, config), header, _positional(path, header))
+
+
+def _open_copy(path: Path, allow_pickle: bool, config: Mapping[str, Any] | None) -> Adapter:
+    from lorafind.files.spool import copy_of
+
+    def check() -> None:
+        # What holds no adapter is told by its header, before all of it is loaded.
+        if not is_pickled(path):
+            plan_of(safetensors.read_header(path), config)
+
+    try:
+        copy = copy_of(os.fspath(path), check)
+    except OSError as error:
+        raise safetensors.refused(path, error) from error
+    if is_pickled(path):
+        found = pickled.load(copy.path, allow_pickle)
+        return _adapter(plan_of(found.header, config), found.header, found.tensors.__getitem__)
+    header = safetensors.read_header(copy.path)
+    # Through ``copy`` itself at each call: it is there as long as something holds it.
+    return _adapter(
+        plan_of(header, config), header, lambda key: _positional(copy.path, header)(key)
+    )
 
 
 # ---------------------------------------------------------------------------- the three ways
@@ -108,6 +141,9 @@ def _read_whole(
 
     def check(header: Header) -> None:
         nonlocal plan
+        if header.size > STREAM_ABOVE:
+            why = f"{PurePath(path).name} grew while it was looked at: index it again"
+            raise NotAnAdapter("changing", why)
         plan = plan_of(header, config)
 
     stored = safetensors.load(path, buffer, check)
@@ -154,16 +190,19 @@ def _read_stream(path: Path, config: Mapping[str, Any] | None, visit: Visit | No
     # The parts of a fused layer share their tensors: the last one lets go of them.
     wanted = {key: len(modules) for key, modules in owners.items()}
     held: dict[str, Tensor] = {}
+    small: dict[str, Tensor] = {}
     finite = True
     for key, raw in stream.read(owners):
         tensor = as_tensor(header.tensors[key], raw)
         finite = finite and (header.tensors[key].dtype not in FLOATS or all_finite(tensor))
         held[key] = tensor
+        if len(raw) <= SMALL:
+            small[key] = tensor
         for module in owners[key]:
             missing[module.name] -= 1
             if missing[module.name] == 0:
                 if visit is not None:
-                    visit(module, module.bind(_or_disk(held, path, header)))
+                    visit(module, module.bind(_or_disk(ChainMap(held, small), path, header)))
                 for used in module.keys:
                     wanted[used] -= 1
                     if not wanted[used]:
@@ -175,11 +214,11 @@ def _read_stream(path: Path, config: Mapping[str, Any] | None, visit: Visit | No
         data_sha256=stream.data_sha256,
         content=stream.content,
     )
-    return _judge(reading, plan, header, _positional(path, header), finite, None)
+    return _judge(reading, plan, header, _or_disk(small, path, header), finite, None)
 
 
 def _or_disk(held: Mapping[str, Tensor], path: Path, header: Header) -> Fetch:
-    """From memory, or again from the disk: a bias needs its module's alpha, which may be gone."""
+    """From memory, or again from the disk."""
     disk = _positional(path, header)
 
     def fetch(key: str) -> Tensor:

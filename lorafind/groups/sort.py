@@ -187,8 +187,10 @@ def _sorted(store: Store, wishes: Wishes, watch: Progress) -> Iterator[Sorted]:
             why = f"it has {families} families of LoRAs, fewer than {wishes.number} groups"
         else:
             why = (
-                f"a basis of its own needs {FEWEST} families of LoRAs, it has {families}; "
-                "`lorafind basis use` takes one that is made"
+                f"a basis of its own needs {FEWEST} families of LoRAs, it has {families}: index "
+                "more of them, or take a basis that others made with `lorafind basis use FILE`"
+                if families < FEWEST
+                else "its basis is not fitted yet: run `lorafind index`"
             )
         watch.advance(1, 0)
         if found is None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorafind.files.safetensors import STREAM_ABOVE
 from lorafind.files.scan import Found, ScanReport, join, probe, scan
+from lorafind.index import engines
+from lorafind.index import shard as shards
 from lorafind.index.classes import series_of
 from lorafind.index.finish import finish
 from lorafind.index.progress import Progress, Silent
@@ -22,16 +20,10 @@ from lorafind.index.store import Store
 from lorafind.signatures.constants import VERSION
 
 if TYPE_CHECKING:
-    import torch
-
     from lorafind.index.examine import Examined, Lora
 
-#: Bytes of file data in flight, all files together.
-BUDGET = 320 * 2**20
 #: A batch is committed after this many seconds.
 COMMIT_SECONDS = 1.0
-#: Seconds after which an interrupted run no longer waits for its readers.
-PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,8 @@ class Summary:
 
     refreshed: read again (changed, or by a newer version); moved: known content at a new path,
     not read; linked: further paths to a file; offline: root or folder → why; held: roots of which
-    over half is gone, so that ``--prune`` left them alone → (gone, all).
+    over half is gone, so that ``--prune`` left them alone → (gone, all). elsewhere: files of other
+    shards.
     """
 
     added: int = 0
@@ -62,6 +55,7 @@ class Summary:
     refused: list[Refused] = field(default_factory=list)
     known_refused: int = 0
     passed: int = 0
+    elsewhere: int = 0
     unreachable: dict[bytes, str] = field(default_factory=dict)
     offline: dict[bytes, str] = field(default_factory=dict)
     held: dict[bytes, tuple[int, int]] = field(default_factory=dict)
@@ -79,21 +73,37 @@ def build(
     prune: bool = False,
     force_prune: bool = False,
     relate: bool = True,
+    engine: str = "local",
+    ray_address: str | None = None,
+    shard: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
     """Bring the index up to date with the folders and files (all known roots for none).
 
     device: see :func:`lorafind.signatures.device.choose`. prune: forget files that are gone (roots
     of which over half is gone only with force_prune). relate: prove relations and fit bases now.
-    Raises IndexProblem; every finished file is kept whatever ends the run.
+    engine, ray_address: see :func:`lorafind.index.engines.choose`. shard: (number from 1, parts)
+    of :class:`lorafind.index.shard.Shard`; only its files are looked at, and nothing is related.
+    Raises IndexProblem, ValueError for an engine, device or shard that there is not; every
+    finished file is kept whatever ends the run.
     """
     began = time.monotonic()
     watch = progress or Silent()
+    part = None if shard is None else shards.Shard(*shard).checked()
+    examine = engines.choose(engine, device, allow_pickle, ray_address)
+    shards.claim(store, part)
     targets = store.targets(paths)
     report = ScanReport()
     watch.stage("Looking for files", 0, 0)
     found = list(scan(targets, report, allow_pickle))
+    every = len(found)
+    if part is not None:
+        found = [item for item in found if part.has(item)]
     known = store.known()
+    if part is not None and (others := [row for row in known if not part.has(row)]):
+        # A root that was taken into another has new paths, some of which other shards look at.
+        store.remove_files(others)
+        known = store.known()
     devices = {root.path: root.device for root in store.roots()}
     decisions = reconcile(
         known, found, report, targets, devices, VERSION, lambda item: probe(item.full)
@@ -101,13 +111,14 @@ def build(
     _reconfigured(decisions, found)
     store.apply(decisions, report)
     summary = _counted(decisions, report)
-    _read_all(store, decisions.read, device, allow_pickle, watch, summary)
+    summary.elsewhere = every - len(found)
+    _read_all(store, decisions.read, examine, watch, summary)
     if prune:
         rows = pruning(store.known(), force_prune)
         store.remove_files(rows.remove)
         summary.pruned, summary.held = len(rows.remove), rows.held
     store.drop_orphans()
-    if relate:
+    if relate and part is None:
         summary.relations = finish(store, watch)
     summary.seconds = time.monotonic() - began
     return summary
@@ -158,17 +169,13 @@ def _counted(decisions: Decisions, report: ScanReport) -> Summary:
 def _read_all(
     store: Store,
     reads: list[Read],
-    device: str,
-    allow_pickle: bool,
+    examine: engines.Engine,
     watch: Progress,
     summary: Summary,
 ) -> None:
     """Read, sketch and store; one transaction a second."""
     if not reads:
         return
-    # Torch takes a second to import: a run without anything to read does without it.
-    from lorafind.signatures.device import choose
-
     watch.stage("Reading", len(reads), sum(read.found.size for read in reads))
     contents = store.contents(VERSION)
     reasons = {read.found: read.why for read in reads}
@@ -183,7 +190,7 @@ def _read_all(
         write()
         watch.advance(0, 0)
 
-    with workers(reads, choose(device), allow_pickle, contents.__contains__, idle=idle) as results:
+    with examine(reads, contents, idle) as results:
         deadline = time.monotonic() + COMMIT_SECONDS
         for done in results:
             waiting.append(done)
@@ -263,95 +270,3 @@ def _put_lora(store: Store, lora: Lora, contents: dict[str, int], fresh: dict[st
     store.chunks.append("identity", series_of(lora.architecture), number, lora.identity)
     fresh[lora.content] = number
     return number
-
-
-@contextmanager
-def workers(
-    reads: Sequence[Read],
-    device: torch.device,
-    allow_pickle: bool,
-    is_known: Callable[[str], bool],
-    linear: bool = False,
-    idle: Callable[[], None] | None = None,
-) -> Iterator[Iterator[Examined]]:
-    """Results of :func:`examine` in the order in which they are finished.
-
-    idle: called in this thread once in COMMIT_SECONDS while none is finished.
-
-    One thread more than cores read and hash (both leave the interpreter free); at most one
-    per core, or one for a GPU, does arithmetic, each on one thread of its own.
-    """
-    import torch
-
-    from lorafind.index.examine import Buffers, examine
-
-    cores = os.cpu_count() or 1
-    gate = threading.BoundedSemaphore(cores if device.type == "cpu" else 1)
-    buffers = Buffers(BUDGET)
-    todo: queue.SimpleQueue[Read | None] = queue.SimpleQueue()
-    done: queue.SimpleQueue[Examined | BaseException] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def work() -> None:
-        while not stop.is_set() and (read := todo.get()) is not None:
-            # Beside a file that is streamed, perhaps from a slow drive, others go on.
-            size = BUDGET // 2 if read.found.size > STREAM_ABOVE else read.found.size
-            buffer = buffers.take(size)
-            try:
-                done.put(
-                    examine(
-                        read.found,
-                        read.links,
-                        device=device,
-                        allow_pickle=allow_pickle,
-                        buffer=buffer,
-                        gate=gate,
-                        is_known=is_known,
-                        linear=linear,
-                    )
-                )
-            except BaseException as error:
-                done.put(error)
-            finally:
-                buffers.give(size, buffer)
-
-    def results() -> Iterator[Examined]:
-        for _ in reads:
-            while (result := _next(done)) is None:
-                if idle is not None:
-                    idle()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-
-    for read in reads:
-        todo.put(read)
-    count = min(cores + 1, 16, len(reads))
-    for _ in range(count):
-        todo.put(None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = [threading.Thread(target=work, daemon=True) for _ in range(count)]
-    try:
-        for thread in pool:
-            thread.start()
-        yield results()
-    finally:
-        stop.set()
-        for _ in pool:
-            todo.put(None)
-        # Where all is done they are at their end; where not, one may wait for a drive that hangs.
-        deadline = time.monotonic() + PATIENCE
-        for thread in pool:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        torch.set_num_threads(threads)
-
-
-def _next(
-    done: queue.SimpleQueue[Examined | BaseException],
-) -> Examined | BaseException | None:
-    """The next result, None after COMMIT_SECONDS without one."""
-    try:
-        return done.get(timeout=COMMIT_SECONDS)
-    except queue.Empty:
-        return None

@@ -20,6 +20,7 @@ import torch
 
 from lorafind.files import safetensors, sidecars
 from lorafind.files.outcome import NotAnAdapter, one_line
+from lorafind.files.place import folder_of, is_remote
 from lorafind.files.safetensors import STREAM_ABOVE
 from lorafind.files.scan import Found, probe
 from lorafind.files.sniff import is_pickled
@@ -104,7 +105,8 @@ def examine(
     streamed = found.size > STREAM_ABOVE
     lora = None
     try:
-        reading = read(path, allow_pickle, buffer, sketching.visit if streamed else None)
+        size = found.size if is_remote(path) else None
+        reading = read(path, allow_pickle, buffer, sketching.visit if streamed else None, size)
         if reading.outcome == "lora":
             made = _make(path, reading, sketching, streamed, is_known)
             if isinstance(made, Lora):
@@ -225,7 +227,7 @@ def _facts(path: str, reading: Reading) -> dict[str, Any]:
     """Name, trigger words, base model and training facts, as far as anything says them."""
     assert reading.header is not None
     inside = sidecars.facts_from_metadata(reading.header.metadata)
-    beside = sidecars.read_sidecars(path, _names(os.path.dirname(path), time.time() // 2))
+    beside = sidecars.read_sidecars(path, _neighbours(path))
     told = {key: value for key, value in asdict(inside).items() if value}
     told["name"] = sidecars.display_name(path, beside, inside)
     words = dict.fromkeys((*beside.trigger_words, *inside.trigger_words))
@@ -237,11 +239,23 @@ def _facts(path: str, reading: Reading) -> dict[str, Any]:
     return told
 
 
+_listing = threading.Lock()
+
+
+def _neighbours(path: str) -> set[str]:
+    """The names in a file's folder."""
+    if not is_remote(path):
+        return _names(os.path.dirname(path), time.time() // 2)
+    # A listing of a store is a request for every thousand names: one thread asks for all.
+    with _listing:
+        return _names(folder_of(path), time.time() // 60)
+
+
 @lru_cache(maxsize=64)
 def _names(folder: str, moment: float) -> set[str]:
-    """What stands in a folder, listed once in two seconds and not for every file in it."""
+    """What stands in a folder, listed once for a moment and not for every file in it."""
     try:
-        return set(os.listdir(folder))
+        return sidecars.names_in(folder)
     except OSError:
         return set()
 

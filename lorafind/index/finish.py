@@ -14,10 +14,13 @@ def unfinished(store: Store) -> bool:
     return unrelated(store)
 
 
-def finish(store: Store, watch: Progress) -> int:
-    """Name unknown models, prove relations, fit bases; returns how many relations are new."""
+def finish(store: Store, watch: Progress, deep: bool | None = None) -> int:
+    """Name unknown models, prove relations, fit bases; returns how many relations are new.
+
+    deep: as for :func:`lorafind.index.relate.relate`.
+    """
     classes.settle(store)
-    found = relate(store, watch)
+    found = relate(store, watch, deep)
     rows = store.conn.execute("SELECT DISTINCT architecture FROM loras").fetchall()
     architectures = {kind for (architecture,) in rows for kind in classes.kinds(architecture)}
     for architecture in sorted(architectures):

@@ -3,7 +3,8 @@
 Pure logic over rows in memory (no SQL, no file access but through ``probe``). The rules:
 
 - Known: same path, size and mtime (and inode where inodes are stable), read by this version, and
-  not within two seconds of its mtime, since a later change could carry the same time stamp.
+  not within two seconds of its mtime, since a later change could carry the same time stamp. An
+  object of a store is known by its version tag; where it has neither tag nor time it never is.
 - Moved: a file at an unknown or changed path whose size, ending and probe are those of a row
   whose path is gone, in any root. Where several rows fit, they must agree on the content.
 - Linked: paths to one (device, inode) of this scan are one file, read at most once.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from lorafind.files.place import is_remote
 from lorafind.files.scan import Found, ScanReport, Target, join
 from lorafind.index.rows import Known
 
@@ -28,6 +30,8 @@ RETRY = frozenset({"changing", "vanished", "inaccessible", "failed"})
 UNREAD = frozenset({"pickle", "not-a-file"})
 #: FAT stamps times in steps of two seconds.
 SETTLED_NS = 2_000_000_000
+#: An object's time below this is none: only the part that is of its digest.
+NO_TIME_NS = 1_000_000_000
 
 Probe = Callable[[Found], bytes]
 
@@ -147,6 +151,13 @@ def _why_read(row: Known, item: Found, version: int, stable: bool) -> str:
 
 
 def _recent(row: Known) -> bool:
+    if is_remote(row.root):
+        if row.ctime_ns:
+            # The version tag tells of every change.
+            return False
+        if row.mtime_ns < NO_TIME_NS:
+            # Neither tag nor time: of a change to the same size nothing would tell.
+            return True
     return abs(row.read_ns - row.mtime_ns) < SETTLED_NS
 
 

@@ -1,38 +1,49 @@
 """Finds the pairs of LoRAs that may be related, and proves them from their files, once.
 
+Two searches follow each other, each up to a mark of its own per series. The first finds what may
+hold one ΔW (``file``, ``tensors``, ``weights``; :mod:`lorafind.relations.buckets`), in a time that
+grows about as the number of LoRAs. The second compares all with all, for every grade: where that
+would take longer than PATIENCE, it waits until it is asked for (``deep``), and goes on block by
+block after an interruption.
+
 A pair that could not be proved (its files are offline) is kept as ``likely``, with the estimate
 from the sketches, and tried again by the next run.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import state
 from lorafind.files.scan import join
-from lorafind.index import rows
-from lorafind.index.classes import comparable, series_of
+from lorafind.index import rows, stars
+from lorafind.index.classes import series_of
+from lorafind.index.pairs import BLOCK, Work, all_pairs, near_pairs, seconds_of, waiting_pairs
 from lorafind.index.progress import Progress
+from lorafind.index.sketches import identities
+from lorafind.index.stars import CROWD, LIKELY, Stars
 from lorafind.index.store import Store
-from lorafind.relations.candidates import RELATION_VERSION, Identities, candidates, estimate
+from lorafind.relations.buckets import COPIES
+from lorafind.relations.candidates import RELATION_VERSION
 from lorafind.relations.grades import Relation
 from lorafind.signatures.constants import SIGNATURE_VERSION
 
-#: The grade of a candidate that waits for its proof.
-LIKELY = "likely"
-#: Within a family of more LoRAs than this, pairs that cannot be copies are not proved one by one.
-CROWD = 16
-#: Spread of log ‖A_m‖²/‖B_m‖² above which neither of two LoRAs of one rank is a copy of the other.
-UNLIKE = 0.05
+__all__ = ["CROWD", "LIKELY", "Families", "identities", "mark_of", "place_of", "relate", "to_row"]
 
+#: Seconds that the comparison of all pairs may take, by an estimate, without being asked for.
+PATIENCE = 300.0
+#: Up to so many LoRAs a series is compared in one block (some 4 kB of memory each).
+WHOLE = 65_536
 COMMIT_SECONDS = 2.0
 
 
@@ -70,40 +81,132 @@ class Families:
         return sorted((member, self.head(member)) for member in self._parent)
 
 
-@dataclass
-class _Work:
-    """One pair to prove: LoRA ids x < y."""
+@dataclass(frozen=True)
+class Outlook:
+    """What of a series has not been compared in full.
 
-    x: int
-    y: int
-    guess: float
-    weak: bool
+    loras: in the series; left: of which so many have not been compared with all others; seconds:
+    how long that would take, extrapolated from a measurement on some of them (an estimate, without
+    the proofs of what is found).
+    """
+
+    key: str
+    loras: int
+    left: int
+    seconds: float
 
 
-def relate(store: Store, watch: Progress) -> int:
-    """Prove every candidate pair that is new; returns how many relations were found."""
+def relate(store: Store, watch: Progress, deep: bool | None = None) -> int:
+    """Prove every candidate pair that is new; returns how many relations were found.
+
+    deep: compare all with all whatever it takes (True), never (False), or where the estimate is
+    below PATIENCE (None); copies are looked for always.
+    """
     found = 0
-    for key in _open_series(store):
-        known, layouts = identities(store, key)
-        if not len(known.ids):
+    for key in _open_series(store, deep):
+        ids = np.sort(store.chunks.ids("identity", key))
+        if not len(ids):
             continue
-        mark = int(store.get_meta(mark_of(key), 0))
-        new = np.flatnonzero(known.ids > mark)
-        work = list(_pairs(store, known, layouts, new))
-        watch.stage("Proving relations", len(work), 0)
-        found += _prove_all(store, work, watch)
-        with store.batch():
-            store.set_meta(mark_of(key), int(known.ids.max()))
+        if stars.fallen(store, key):
+            with store.batch():
+                for name in (mark_of(key), copies_mark(key), left_mark(key), stars.name_of(key)):
+                    store.conn.execute("DELETE FROM meta WHERE key = ?", (name,))
+        with _Prover(store, key, ids) as prover:
+            found += _copies(store, key, ids, prover, watch)
+            start = int(store.get_meta(mark_of(key), 0))
+            left = int((ids > start).sum())
+            if not left:
+                continue
+            deep_now = seconds_of(store, key, ids, left) <= PATIENCE if deep is None else deep
+            if deep_now:
+                found += _everything(store, key, ids, prover, watch)
+            else:
+                with store.batch():
+                    store.set_meta(left_mark(key), int(ids[-1]))
     _store_families(store)
     return found
 
 
+def _copies(store: Store, key: str, ids: np.ndarray, prover: _Prover, watch: Progress) -> int:
+    """Look for LoRAs of one ΔW among those that no search has seen, up to its mark."""
+    start = max(int(store.get_meta(name, 0)) for name in (mark_of(key), copies_mark(key)))
+    found = 0
+    again = list(waiting_pairs(store, ids))
+    if again:
+        watch.stage("Proving relations", len(again), 0)
+        found += prover.prove(again, watch)
+    if not all(prover.stars.used.values()):
+        # What was left out by an unproved holder is looked at with what is proved now.
+        start = 0
+        prover.forget_waiting()
+    new = int((ids > start).sum())
+    if new:
+        watch.stage("Looking for copies", new, 0)
+        for work, seen in near_pairs(store, key, ids, start, prover.stars):
+            found += prover.prove(work)
+            watch.advance(seen, 0)
+    with store.batch():
+        stars.save(store, key, prover.stars)
+        store.set_meta(copies_mark(key), int(ids[-1]))
+    return found
+
+
+def _everything(store: Store, key: str, ids: np.ndarray, prover: _Prover, watch: Progress) -> int:
+    """Compare what is above the mark with all that is older, block by block."""
+    found = 0
+    new = ids[ids > int(store.get_meta(mark_of(key), 0))]
+    # What fits is one block, so that of all pairs the most alike are proved first.
+    size = BLOCK if len(ids) > WHOLE else len(new)
+    if len(new) > size:
+        watch.stage("Comparing all LoRAs", len(new), 0)
+    for first in range(0, len(new), size):
+        block = new[first : first + size]
+        work = list(all_pairs(store, key, block, prover.stars, whole=size == len(new)))
+        if len(new) > size:
+            found += prover.prove(work)
+            watch.advance(len(block), 0)
+        else:
+            watch.stage("Proving relations", len(work), 0)
+            found += prover.prove(work, watch)
+        with store.batch():
+            stars.save(store, key, prover.stars)
+            store.set_meta(mark_of(key), int(block[-1]))
+    return found
+
+
 def unrelated(store: Store) -> bool:
-    """True where some LoRA has not been compared with the others, or a pair waits for its proof."""
+    """True where :func:`relate` has something to do without being asked for more."""
     return bool(_open_series(store))
 
 
-def _open_series(store: Store) -> list[str]:
+def outlook(store: Store) -> list[Outlook]:
+    """The series that have been searched for copies only, each with what a full comparison takes.
+
+    Measures on a few thousand sketches each; empty where everything has been compared.
+    """
+    found = []
+    for key, mark in _newest(store).items():
+        start = int(store.get_meta(mark_of(key), 0))
+        if mark <= start:
+            continue
+        ids = np.sort(store.chunks.ids("identity", key))
+        left = int((ids > start).sum())
+        if left:
+            found.append(Outlook(key, len(ids), left, seconds_of(store, key, ids, left)))
+    return found
+
+
+def compared_in_full(store: Store) -> tuple[int, int]:
+    """How many LoRAs have been compared with all others, and how many there are."""
+    done = total = 0
+    for key in _newest(store):
+        ids = store.chunks.ids("identity", key)
+        done += int((ids <= int(store.get_meta(mark_of(key), 0))).sum())
+        total += len(ids)
+    return done, total
+
+
+def _open_series(store: Store, deep: bool | None = None) -> list[str]:
     """The identity series in which something is to be done."""
     waiting = store.conn.execute(
         "SELECT 1 FROM relations WHERE version = ? AND grade = ? "
@@ -111,141 +214,127 @@ def _open_series(store: Store) -> list[str]:
         "AND EXISTS (SELECT 1 FROM files WHERE lora = y AND presence = 'here')",
         (RELATION_VERSION, LIKELY),
     ).fetchone()
+    found = []
+    for key, newest in sorted(_newest(store).items()):
+        mark = int(store.get_meta(mark_of(key), 0))
+        if not deep:
+            mark = max(mark, int(store.get_meta(left_mark(key), 0)))
+        if waiting or newest > mark or stars.fallen(store, key):
+            found.append(key)
+    return found
+
+
+def _newest(store: Store) -> dict[str, int]:
+    """Series → the newest LoRA in it."""
     newest: dict[str, int] = {}
     for architecture, number in store.conn.execute(
         "SELECT architecture, max(id) FROM loras GROUP BY 1"
     ):
         key = series_of(architecture)
         newest[key] = max(newest.get(key, 0), number)
-    return [
-        key
-        for key, number in sorted(newest.items())
-        if waiting or number > int(store.get_meta(mark_of(key), 0))
-    ]
+    return newest
 
 
 def mark_of(key: str) -> str:
-    """The entry of ``meta`` that says up to which LoRA a series has been compared."""
+    """The entry of ``meta`` that says up to which LoRA all pairs of a series were compared."""
     return f"related/{RELATION_VERSION}.{SIGNATURE_VERSION}/{key}"
 
 
-def identities(
-    store: Store, key: str, only: Collection[int] | None = None
-) -> tuple[Identities, dict[int, list[str]]]:
-    """Everything that candidates need of one identity series, and layout → module names.
+def copies_mark(key: str) -> str:
+    """The entry of ``meta`` that says up to which LoRA copies of a series were looked for."""
+    return f"copies/{RELATION_VERSION}.{SIGNATURE_VERSION}/{key}"
 
-    only: the LoRAs that are wanted, None for all.
+
+def left_mark(key: str) -> str:
+    """The entry of ``meta`` that says up to which LoRA comparing all pairs waits to be asked for.
+
+    Without it a run that was broken off after the search for copies would seem to be finished.
     """
-    ids, records = [], []
-    wanted = None if only is None else np.fromiter(only, np.int64, len(only))
-    for block, rows_ in store.chunks.scan("identity", key):
-        kept = slice(None) if wanted is None else np.isin(block, wanted)
-        ids.append(np.array(block[kept]))
-        records.append(np.array(rows_[kept]))
-    if not any(map(len, ids)):
-        empty = np.empty(0, np.int64)
-        return Identities(empty, empty, np.empty(0), np.empty(0), []), {}
-    order = np.argsort(np.concatenate(ids))
-    numbers = np.concatenate(ids)[order]
-    record = np.concatenate(records)[order]
-    facts = {
-        lora: (layout, np.frombuffer(norms, "<f4"))
-        for lora, layout, norms in store.conn.execute(
-            "SELECT id, layout, norms FROM loras WHERE ?1 IS NULL "
-            "OR id IN (SELECT value FROM json_each(?1))",
-            (None if only is None else json.dumps(sorted(only)),),
+    return f"left/{RELATION_VERSION}.{SIGNATURE_VERSION}/{key}"
+
+
+class _Prover:
+    """Proves pairs of one series on all cores, and keeps what it found every few seconds.
+
+    stars: which LoRA holds which, brought up to date by every proof.
+    """
+
+    def __init__(self, store: Store, key: str, ids: np.ndarray) -> None:
+        self._store, self._key, self._ids = store, key, ids
+        self._families = Families(_related(store))
+        self.stars = Stars(store, key, ids)
+        self._ready: list[rows.Relation] = []
+        self._deadline = time.monotonic() + COMMIT_SECONDS
+        self._cores = os.cpu_count() or 1
+
+    def __enter__(self) -> Self:
+        import torch
+
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self._cores)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        import torch
+
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
+        self._flush()
+
+    def forget_waiting(self) -> None:
+        """Begin anew with what is proved alone."""
+        self.stars = Stars(self._store, self._key, self._ids)
+        self.stars.used.clear()
+
+    def prove(self, work: list[Work], watch: Progress | None = None) -> int:
+        """Prove pairs in order; returns how many have a relation. All is kept at the end."""
+        found = 0
+        size = 4 * self._cores
+        for start in range(0, len(work), size):
+            batch = [item for item in work[start : start + size] if not self._needless(item)]
+            places = {i: place_of(self._store, i) for item in batch for i in (item.x, item.y)}
+            for row, item in zip(self._pool.map(_prove, batch, repeat(places)), batch, strict=True):
+                self._ready.append(row)
+                if row.grade == LIKELY and item.copies:
+                    self.stars.add(row.x, row.y, True, True, waits=True)
+                elif row.grade and row.grade != LIKELY:
+                    self._families.join(row.x, row.y)
+                    found += 1
+                    if row.grade in COPIES:
+                        self.stars.add(row.x, row.y, *row.numbers["dominates"])
+            if watch is not None:
+                watch.advance(min(size, len(work) - start), 0)
+            if time.monotonic() > self._deadline:
+                self._flush()
+        self._flush()
+        return found
+
+    def _needless(self, item: Work) -> bool:
+        """True for a pair that cannot be copies, in a large family."""
+        return (
+            item.weak
+            and self._families.head(item.x) == self._families.head(item.y)
+            and self._families.size(item.x) > CROWD
         )
-    }
-    layouts = np.array([facts[int(i)][0] for i in numbers], np.int64)
-    names = {int(k): [m.name for m in store.layout(int(k))[1]] for k in np.unique(layouts).tolist()}
-    modules = [facts[int(i)][1] for i in numbers]
-    return Identities(numbers, layouts, record["sketch"], record["norms"], modules), names
+
+    def _flush(self) -> None:
+        if self._ready:
+            with self._store.batch():
+                self._store.put_relations(self._ready)
+        self._ready, self._deadline = [], time.monotonic() + COMMIT_SECONDS
 
 
-def _pairs(
-    store: Store, known: Identities, layouts: dict[int, list[str]], new: np.ndarray
-) -> Iterator[_Work]:
-    """Pairs to prove, the most alike first."""
-    done = {(int(x), int(y)) for x, y in store.checked_pairs(RELATION_VERSION)}
-    waiting = {(r.x, r.y) for r in store.relations(RELATION_VERSION) if r.grade == LIKELY}
-    position = {int(i): k for k, i in enumerate(known.ids)}
-    pairs = {
-        (int(known.ids[j]), int(known.ids[i]))
-        for block in candidates(known, layouts, new)
-        for i, j in block.tolist()
-    }
-    pairs = {(min(p), max(p)) for p in pairs} - done
-    pairs |= {p for p in waiting if p[0] in position and p[1] in position}
-    models = dict(store.conn.execute("SELECT id, architecture FROM loras"))
-    pairs = {p for p in pairs if comparable(models[p[0]], models[p[1]])}
-    ranks = dict(store.conn.execute("SELECT id, ranks FROM loras"))
-    work = []
-    for x, y in pairs:
-        i, j = position[x], position[y]
-        work.append(
-            _Work(
-                x,
-                y,
-                estimate(known, layouts, i, j),
-                ranks[x] == ranks[y] and _unlike(known, layouts, i, j),
-            )
-        )
-    yield from sorted(work, key=lambda w: (-abs(w.guess), w.x, w.y))
-
-
-def _unlike(known: Identities, layouts: dict[int, list[str]], i: int, j: int) -> bool:
-    """True where the norms of the modules rule out that one is a copy or a part of the other."""
-    a, b = int(known.layouts[i]), int(known.layouts[j])
-    x, y = known.modules[i], known.modules[j]
-    if a != b:
-        where = {name: k for k, name in enumerate(layouts[a])}
-        common = [(where[name], k) for k, name in enumerate(layouts[b]) if name in where]
-        if len(common) < 2:
-            return False
-        left, right = np.array(common).T
-        x, y = x[left], y[right]
-    logs = np.log(x.astype(np.float64)) - np.log(y.astype(np.float64))
-    return float(logs.std()) > UNLIKE
-
-
-def _prove_all(store: Store, work: list[_Work], watch: Progress) -> int:
-    import torch
-
-    families = Families((r.x, r.y) for r in store.relations(RELATION_VERSION) if r.grade != LIKELY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = 0
-    ready: list[rows.Relation] = []
-    deadline = time.monotonic() + COMMIT_SECONDS
-    cores = os.cpu_count() or 1
-    try:
-        with ThreadPoolExecutor(cores) as pool:
-            for start in range(0, len(work), 4 * cores):
-                batch = []
-                for item in work[start : start + 4 * cores]:
-                    same = families.head(item.x) == families.head(item.y)
-                    if not (item.weak and same and families.size(item.x) > CROWD):
-                        batch.append(item)
-                places = {i: place_of(store, i) for item in batch for i in (item.x, item.y)}
-                for row in pool.map(_prove, batch, repeat(places)):
-                    ready.append(row)
-                    if row.grade and row.grade != LIKELY:
-                        families.join(row.x, row.y)
-                        found += 1
-                watch.advance(min(4 * cores, len(work) - start), 0)
-                if time.monotonic() > deadline:
-                    _keep(store, ready)
-                    ready, deadline = [], time.monotonic() + COMMIT_SECONDS
-    finally:
-        torch.set_num_threads(threads)
-        _keep(store, ready)
-    return found
-
-
-def _keep(store: Store, ready: list[rows.Relation]) -> None:
-    if ready:
-        with store.batch():
-            store.put_relations(ready)
+def _related(store: Store) -> Iterable[tuple[int, int]]:
+    return store.conn.execute(
+        "SELECT x, y FROM relations WHERE version = ? AND grade NOT IN ('', ?)",
+        (RELATION_VERSION, LIKELY),
+    ).fetchall()
 
 
 def place_of(store: Store, lora: int) -> tuple[str, int, int] | None:
@@ -258,7 +347,7 @@ def place_of(store: Store, lora: int) -> tuple[str, int, int] | None:
     return (os.fsdecode(join(row[0], row[1])), row[2], row[3]) if row else None
 
 
-def _prove(item: _Work, places: dict[int, tuple[str, int, int] | None]) -> rows.Relation:
+def _prove(item: Work, places: dict[int, tuple[str, int, int] | None]) -> rows.Relation:
     from lorafind.formats.read import open_adapter
     from lorafind.relations.verify import prove
 
@@ -271,7 +360,7 @@ def _prove(item: _Work, places: dict[int, tuple[str, int, int] | None]) -> rows.
         try:
             if place is None:
                 return waiting
-            facts = os.stat(place[0])
+            facts = state(place[0])
             if (facts.st_size, facts.st_mtime_ns) != place[1:]:
                 return waiting
             # It was read before, so that its owner has allowed it.
@@ -301,7 +390,7 @@ def to_row(x: int, y: int, relation: Relation | None) -> rows.Relation:
 
 
 def _store_families(store: Store) -> None:
-    families = Families((r.x, r.y) for r in store.relations(RELATION_VERSION) if r.grade != LIKELY)
+    families = Families(_related(store))
     with store.batch():
         store.conn.execute("DELETE FROM families")
         store.conn.executemany("INSERT INTO families VALUES (?, ?)", families.items())

@@ -43,16 +43,23 @@ class Goal:
 
 @dataclass(frozen=True)
 class Measured:
-    """score: as ``similar`` scores; norm: ‖Σ w·ΔW‖."""
+    """score: with the sum treated as its terms are; fresh: as a file that the basis has never seen;
+    norm: ‖Σ w·ΔW‖."""
 
     score: float
+    fresh: float
     norm: float
 
 
 def measure(goal: Goal, terms: Sequence[Term], seen: bool) -> Measured:
-    """Score and norm of Σ w·ΔW. seen: every term was fitted, so that the sum carries their noise.
+    """Scores and norm of Σ w·ΔW. seen: every term was fitted, so that the sum carries their noise.
 
-    A score of −1 where nothing of the sum can be compared with the target.
+    The components of a basis have seen the noise of the LoRAs they were fitted to, and weigh their
+    coordinates by how much of each component's variance is common to LoRAs (``fitted``); those of
+    new ones, whose noise falls outside, by ``fresh``. A sum of fitted LoRAs carries their noise, so
+    that ``fitted`` is right for it; its file is nevertheless new to whoever scores it later.
+
+    Scores of −1 where nothing of the sum can be compared with the target.
     """
     sketcher = Sketcher(torch.device("cpu"))
     waiting: list[Sum] = []
@@ -82,10 +89,13 @@ def measure(goal: Goal, terms: Sequence[Term], seen: bool) -> Measured:
     have = frozenset(group_bits.names(int(records["groups"][0])))
     common = sorted(goal.groups & have)
     if not common:
-        return Measured(-1.0, made.norm)
-    mine = goal.basis.vectors(parts, common, np.array([seen]))
-    score = float(goal.basis.scores(mine, goal.vector(common))[0])
-    return Measured(score, made.norm)
+        return Measured(-1.0, -1.0, made.norm)
+    target = goal.vector(common)
+    score, fresh = (
+        float(goal.basis.scores(goal.basis.vectors(parts, common, np.array([one])), target)[0])
+        for one in (seen, False)
+    )
+    return Measured(score, fresh, made.norm)
 
 
 def weighted(terms: Sequence[Term], weights: np.ndarray) -> list[Term]:

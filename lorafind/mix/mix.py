@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from lorafind.bases.problem import BasisProblem
-from lorafind.bases.stored import by_group, current, embed
+from lorafind.bases.stored import by_group, current, embed, members
 from lorafind.formats.read import open_adapter
 from lorafind.index.classes import kinds
 from lorafind.index.opening import snapshot
@@ -66,15 +66,17 @@ class Ingredient:
 class Mix:
     """What was found.
 
-    score: of the sum of ΔW to the target, measured on the sum; model: the same as the linear model
-    over the embeddings has it, before the weights were refined; nearest: score of the single
+    score: of the sum of ΔW to the target, measured on the sum; fresh: the same as `similar` will
+    have it once the merged file is indexed, which the basis was not fitted to; model: as the linear
+    model over the embeddings has it, before the weights were refined; nearest: score of the single
     nearest LoRA that could be used; norm: ‖Σ w·ΔW‖; skipped: nearer LoRAs that could not be used,
-    and why.
+    and why; apart: how many have no layers in common with the target, such as text encoders alone.
     """
 
     target: str
     ingredients: tuple[Ingredient, ...]
     score: float
+    fresh: float
     model: float
     nearest: float
     norm: float
@@ -82,6 +84,12 @@ class Mix:
     architecture: str
     terms: tuple[Term, ...] = field(repr=False)
     skipped: tuple[str, ...] = ()
+    apart: int = 0
+
+    @property
+    def unsaid(self) -> list[str]:
+        """Names that end a tag of A1111 too early."""
+        return [one.name for one in self.ingredients if set(one.name) & set(":<>")]
 
     @property
     def a1111(self) -> str:
@@ -105,6 +113,7 @@ class Mix:
         return {
             "target": self.target,
             "score": self.score,
+            "fresh": self.fresh,
             "model": self.model,
             "nearest": self.nearest,
             "norm": self.norm,
@@ -114,6 +123,7 @@ class Mix:
             "a1111": self.a1111,
             "comfyui": self.comfyui,
             "skipped": list(self.skipped),
+            "apart": self.apart,
         }
 
 
@@ -133,7 +143,7 @@ def mix(
     wanted, watch = wishes or Wishes(), progress or Silent()
     with snapshot(store.conn):
         goal = _goal(store, asked)
-        pool, skipped = _pool(store, asked, goal, wanted)
+        pool, skipped, apart = _pool(store, asked, goal, wanted)
     mine, terms, measured, model = _chosen(goal, pool, wanted, watch)
     ingredients = tuple(
         Ingredient(one.lora, one.path, term.weight, one.score)
@@ -143,6 +153,7 @@ def mix(
         asked.path,
         ingredients,
         measured.score,
+        measured.fresh,
         model,
         pool[0].score,
         measured.norm,
@@ -150,7 +161,19 @@ def mix(
         goal.basis.architecture,
         tuple(terms),
         tuple(skipped),
+        apart,
     )
+
+
+def score_of(store: Store, asked: Asked, path: str) -> float:
+    """The score that ``similar`` will give a merged file to the target, once it is indexed.
+
+    Raises what :func:`mix` raises.
+    """
+    with snapshot(store.conn):
+        goal = _goal(store, asked)
+    whole = Term(os.path.basename(path), open_adapter(path), 1.0)
+    return measure(goal, [whole], False).fresh
 
 
 @dataclass(frozen=True)
@@ -191,8 +214,9 @@ def _goal(store: Store, asked: Asked) -> Goal:
 
 def _pool(
     store: Store, asked: Asked, goal: Goal, wishes: Wishes
-) -> tuple[list[_Candidate], list[str]]:
-    """The nearest LoRAs that can be mixed, one of each family, and why nearer ones cannot."""
+) -> tuple[list[_Candidate], list[str], int]:
+    """The nearest LoRAs that can be mixed, one of each family, why nearer ones cannot, and how many
+    cannot be compared."""
     query, basis = asked.query, goal.basis
     scored = by_basis(store, basis, query, sorted(goal.groups))
     own = {query.lora} if query.lora is not None else set()
@@ -227,7 +251,8 @@ def _pool(
     if not found:
         why = f": {skipped[0]}" if skipped else ""
         raise IndexProblem(f"The index holds no other LoRA to mix for {asked.target}{why}")
-    return found, skipped
+    apart = np.setdiff1d(members(store, basis.architecture)[0], scored.ids)
+    return found, skipped, len(set(apart.tolist()) - own)
 
 
 def _candidate(store: Store, goal: Goal, lora: int, score: float) -> _Candidate | str:

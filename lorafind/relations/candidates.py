@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -52,18 +53,29 @@ class Identities:
 
 
 def candidates(
-    known: Identities, layouts: Mapping[int, list[str]], new: np.ndarray | None = None
+    known: Identities,
+    layouts: Mapping[int, list[str]],
+    new: np.ndarray | None = None,
+    *,
+    apart: bool = False,
+    holders: np.ndarray | None = None,
 ) -> Iterator[np.ndarray]:
     """Pairs of positions in ``known`` that are worth a proof, as m × 2 arrays (i > j).
 
-    new: positions whose pairs are wanted (with everything); None for all.
+    new: positions whose pairs are wanted (with everything); None for all. apart: not those between
+    two of ``new``. holders: n × k labels, −1 for none; pairs that share one are left out.
     """
     seen: set[tuple[int, int]] = set()
     common = _Common(known, layouts)
     wanted = (
         np.ones(len(known.ids), bool) if new is None else np.isin(np.arange(len(known.ids)), new)
     )
-    for found in (*_by_sketch(known, layouts, common, wanted), *_by_profile(known, common, wanted)):
+    for found in chain(
+        _by_sketch(known, layouts, common, wanted, apart, holders),
+        _by_profile(known, common, wanted),
+    ):
+        if apart:
+            found = [(i, j) for i, j in found if wanted[i] != wanted[j]]
         fresh = [pair for i, j in found if (pair := (max(i, j), min(i, j))) not in seen]
         seen.update(fresh)
         if fresh:
@@ -132,7 +144,12 @@ class _Rows:
 
 
 def _by_sketch(
-    known: Identities, layouts: Mapping[int, list[str]], common: _Common, wanted: np.ndarray
+    known: Identities,
+    layouts: Mapping[int, list[str]],
+    common: _Common,
+    wanted: np.ndarray,
+    apart: bool,
+    holders: np.ndarray | None,
 ) -> Iterator[list[tuple[int, int]]]:
     total = np.sqrt((known.norms**2).sum(1, keepdims=True))
     share = np.divide(known.norms, total, out=np.zeros_like(known.norms), where=total > 0)
@@ -158,14 +175,14 @@ def _by_sketch(
             for offset in range(0, len(left.where), _TILE)
             if others is rest or start + offset <= first
             if common.meet(left.layouts[offset : offset + _TILE], right.layouts)
-            for pair in _tile(known, layouts, left.part(offset), right)
+            for pair in _tile(known, layouts, left.part(offset), right, holders)
         ]
 
     # One thread per core on tiles of its own beats the threads of BLAS on small matrices.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(mine), _ROWS):
             left = rows(mine[start : start + _ROWS])
-            work = [(mine, first) for first in range(start, len(mine), _TILE)]
+            work = [(mine, first) for first in range(start, 0 if apart else len(mine), _TILE)]
             work += [(rest, first) for first in range(0, len(rest), _TILE)]
             yield from pool.map(
                 lambda item, left=left, start=start: column(left, start, *item), work
@@ -173,7 +190,11 @@ def _by_sketch(
 
 
 def _tile(
-    known: Identities, layouts: Mapping[int, list[str]], left: _Rows, right: _Rows
+    known: Identities,
+    layouts: Mapping[int, list[str]],
+    left: _Rows,
+    right: _Rows,
+    holders: np.ndarray | None,
 ) -> list[tuple[int, int]]:
     """Candidates of one tile, which stays in the processor's cache."""
     d = np.zeros((len(left.where), len(right.where)), np.float32)
@@ -182,7 +203,8 @@ def _tile(
     for s, (a, b) in enumerate(zip(left.unit, right.unit, strict=True)):
         np.matmul(a, b.T, out=cosine)
         if max(cosine.max(), -cosine.min()) >= SEGMENT_COSINE:
-            hits += [(i, j) for i, j in np.argwhere(np.abs(cosine) >= SEGMENT_COSINE).tolist()]
+            close = np.argwhere(np.abs(cosine) >= SEGMENT_COSINE)
+            hits += [(i, j) for i, j in _unheld(close, left, right, holders).tolist()]
         cosine *= left.share[s][:, None]
         cosine *= right.share[s]
         d += cosine
@@ -191,12 +213,22 @@ def _tile(
     if not uniform or max(d.max(), -d.min()) >= LEAST_COSINE:
         variance = (left.share**2).T @ right.share**2
         variance *= SIGMAS**2 / DIMENSIONS
-        for i, j in np.argwhere((d * d >= variance) & (variance > 0)).tolist():
+        close = np.argwhere((d * d >= variance) & (variance > 0))
+        for i, j in _unheld(close, left, right, holders).tolist():
             x, y = int(left.where[i]), int(right.where[j])
             if x != y and abs(d[i, j]) >= LEAST_COSINE * _common(known, layouts, x, y):
                 hits.append((i, j))
     pairs = [(int(left.where[i]), int(right.where[j])) for i, j in hits]
     return [(x, y) for x, y in pairs if x != y]
+
+
+def _unheld(pairs: np.ndarray, left: _Rows, right: _Rows, holders: np.ndarray | None) -> np.ndarray:
+    """The pairs (rows of left and right) that share no holder."""
+    if holders is None or not len(pairs):
+        return pairs
+    one, two = holders[left.where[pairs[:, 0]]], holders[right.where[pairs[:, 1]]]
+    shared = (one[:, :, None] == two[:, None, :]) & (one[:, :, None] >= 0)
+    return pairs[~shared.any((1, 2))]
 
 
 def _common(known: Identities, layouts: Mapping[int, list[str]], x: int, y: int) -> float:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lorafind.bases.collection import SPACES, WEIGHTS
 from lorafind.files import sidecars
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import handled
 from lorafind.formats.adapter import Place
 from lorafind.formats.architectures import candidates
 from lorafind.formats.groups import GROUPS
@@ -101,7 +102,7 @@ def block(place: Place) -> str:
 
 @dataclass(frozen=True)
 class _Side:
-    path: Path
+    path: Path | str
     adapter: Adapter
     sha256: str | None
     facts: sidecars.Facts
@@ -111,7 +112,7 @@ class _Side:
     def read(cls, path: str | os.PathLike[str], allow_pickle: bool) -> _Side:
         from lorafind.formats.read import read
 
-        path = Path(path)
+        path = handled(path)
         reading = read(path, allow_pickle)
         if reading.outcome != "lora":
             raise NotAnAdapter(reading.outcome, _why(path, reading))
@@ -156,8 +157,9 @@ class _Side:
         }
 
 
-def _why(path: Path, reading: Reading) -> str:
-    return reading.reason if path.name in reading.reason else f"{path.name}: {reading.reason}"
+def _why(path: Path | str, reading: Reading) -> str:
+    name = os.path.basename(path)
+    return reading.reason if name in reading.reason else f"{name}: {reading.reason}"
 
 
 def _comparable(one: str, two: str, meet: bool) -> bool:

@@ -16,8 +16,9 @@ from fnmatch import fnmatch
 from typing import Any
 
 from lorafind.clean.trash import in_trash
+from lorafind.files.place import absolute, below, is_remote
 from lorafind.files.scan import join
-from lorafind.index.reconcile import maybe_two_mounts
+from lorafind.index.reconcile import UNREAD
 from lorafind.index.store import Store
 from lorafind.relations.candidates import RELATION_VERSION
 from lorafind.relations.grades import GRADES, Relation, Side, removal
@@ -130,7 +131,7 @@ def _files(store: Store, relations: Relations, grades: Sequence[str]) -> list[Fi
                 "GROUP BY lora HAVING count(*) > 1"
             )
         }
-    doubtful = {row.id for rows in maybe_two_mounts(store.known()) for row in rows}
+    doubtful = _doubtful(store)
     rows = store.conn.execute(
         "SELECT f.id, r.path, f.path, f.lora, f.size, f.mtime_ns, f.sha256, f.device, f.inode, "
         "f.is_link, f.presence, l.ranks, instr(l.notes, 'alpha is 0') "
@@ -168,6 +169,21 @@ def _files(store: Store, relations: Relations, grades: Sequence[str]) -> list[Fi
             alpha_off,
         ) in rows
     ]
+
+
+def _doubtful(store: Store) -> set[int]:
+    """Files that are perhaps one with another, on two mounts.
+
+    Those of :func:`lorafind.index.reconcile.maybe_two_mounts`, without an object for every file.
+    """
+    kept = f"presence = 'here' AND status NOT IN ({', '.join('?' * len(UNREAD))})"
+    rows = store.conn.execute(
+        "SELECT f.id FROM files f JOIN (SELECT size, mtime_ns, ctime_ns FROM files "
+        f"WHERE {kept} GROUP BY 1, 2, 3 HAVING min(device) < max(device)) "
+        f"USING (size, mtime_ns, ctime_ns) WHERE {kept}",
+        (*UNREAD, *UNREAD),
+    )
+    return {number for (number,) in rows}
 
 
 def _components(files: list[File], relations: Relations) -> Iterator[list[File]]:
@@ -221,22 +237,26 @@ def _stars(component: list[File], relations: Relations, choice: Choice) -> Itera
 
 def _keeper(files: list[File], relations: Relations, choice: Choice) -> File:
     """The file that holds most of the others; among equals the protected, then the wanted one."""
+    counts = Counter(file.lora for file in files)
 
-    def reach(file: File) -> tuple[int, int]:
-        held = known = 0
-        for other in files:
-            if other is file or (relation := relation_of(file, other, relations)) is None:
-                continue
-            known += 1
-            held += relation.dominates[0]
+    def reach(lora: int) -> tuple[int, int]:
+        """How many of the files one of this LoRA holds, and to how many its relation is known."""
+        # Files of one LoRA hold one another.
+        held = known = counts[lora] - 1
+        for other, relation in relations.get(lora, {}).items():
+            if other in counts:
+                known += counts[other]
+                held += counts[other] * relation.dominates[0]
         return held, known
 
     # A link could lose its file, what is offline cannot be looked at, and a trash is emptied.
     present = [f for f in files if f.here and not f.is_link] or files
+    # What is in a store can serve no file of this machine as its keeper.
+    present = [f for f in present if not is_remote(f.path)] or present
     solid = [f for f in present if not in_trash(f.path)] or present
-    reaches = {file.path: reach(file) for file in solid}
+    reaches = {lora: reach(lora) for lora in {file.lora for file in solid}}
     best = max(reaches.values())
-    equal = [file for file in solid if reaches[file.path] == best]
+    equal = [file for file in solid if reaches[file.lora] == best]
     return min(equal, key=lambda file: (*_preference(file, choice), file.path))
 
 
@@ -347,6 +367,10 @@ def _stays(keeper: File, file: File, relation: Relation, choice: Choice, intact:
     )
     if unnamed:
         return f"only with --grade {','.join(unnamed)}"
+    if is_remote(file.path):
+        return "in a store, where nothing is removed"
+    if is_remote(keeper.path):
+        return "the keeper is in a store, where it cannot be watched"
     if _below(file.path, choice.protect):
         return "protected"
     if _outside(file, choice):
@@ -378,6 +402,11 @@ def _intact(file: File) -> bool:
 def _below(path: str, folders: Iterable[str]) -> bool:
     """True for a path that is one of these, or in one of these folders."""
     for folder in folders:
+        if is_remote(path) or is_remote(folder):
+            place = absolute(folder)
+            if path == place or below(os.fsencode(path), os.fsencode(place)):
+                return True
+            continue
         place = os.path.abspath(os.path.expanduser(folder))
         if path == place or path.startswith(place.rstrip(os.sep) + os.sep):
             return True

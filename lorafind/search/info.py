@@ -15,6 +15,8 @@ from typing import Any
 
 from lorafind.files import sidecars
 from lorafind.files.header import Header
+from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import handled, state
 from lorafind.formats.adapter import ModulePlan, Plan
 from lorafind.formats.architectures import candidates
 from lorafind.formats.groups import GROUPS
@@ -88,7 +90,7 @@ def info(
       effect), ``orphan`` (its other half is missing), ``unknown``, or ``unread`` for every key of a
       file that is no adapter; tensors: key → {dtype, shape, bytes}.
     """
-    path = Path(path)
+    path = handled(path)
     looked = header_of(path) if header_only else all_of(path, allow_pickle)
     return _Told(looked).to_json(keys, modules)
 
@@ -102,7 +104,11 @@ class _Told:
         metadata = header.metadata if header is not None else {}
         facts = sidecars.facts_from_metadata(metadata)
         beside = sidecars.read_sidecars(path)
-        config = sidecars.adapter_config(path)
+        try:
+            config = sidecars.adapter_config(path)
+        except NotAnAdapter:
+            # The outcome says that a store does not answer.
+            config = None
         claims = dict(facts.claimed_hashes)
         if beside.sha256:
             claims["sidecar sha256"] = beside.sha256
@@ -271,9 +277,9 @@ def _written(plan: Plan | None, header: Header | None) -> dict[str, Any]:
     }
 
 
-def _size(path: Path) -> int | None:
+def _size(path: Path | str) -> int | None:
     try:
-        return path.stat().st_size
+        return state(path).st_size
     except OSError:
         # The outcome says what is wrong with the path.
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +40,7 @@ class Looked:
     read; weighed: by module; magnitudes: extra → norm of DoRA's magnitudes (NaN as they are).
     """
 
-    path: Path
+    path: Path | str
     outcome: str = ""
     reason: str = ""
     whole: bool = False
@@ -63,12 +64,12 @@ class Looked:
             return hashes.recorded(claims, None)
 
 
-def header_of(path: Path) -> Looked:
+def header_of(path: Path | str) -> Looked:
     """Header and plan, without torch. Never raises for a bad file."""
     looked = Looked(path)
     try:
         if is_pickled(path):
-            why = f"{path.name} is a PyTorch file, which has no header to read"
+            why = f"{os.path.basename(path)} is a PyTorch file, which has no header to read"
             raise NotAnAdapter("pickle", why)
         looked.header = safetensors.read_header(path)
         looked.plan = plan_of(looked.header, sidecars.adapter_config(path))
@@ -78,7 +79,7 @@ def header_of(path: Path) -> Looked:
     return looked
 
 
-def all_of(path: Path, allow_pickle: bool = False) -> Looked:
+def all_of(path: Path | str, allow_pickle: bool = False) -> Looked:
     """Every number and every byte. Never raises for a bad file."""
     from lorafind.formats.read import read
     from lorafind.signatures.constants import TOO_LARGE

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import absolute
 from lorafind.index.problem import IndexProblem
 from lorafind.index.rows import Module
 from lorafind.index.store import Store
@@ -40,7 +41,7 @@ def ask(store: Store, target: str, allow_pickle: bool = False, device: str = "cp
         return Asked(target, hit.path, stored_query(store, hit.lora, hit.path))
     if hit is not None and hit.status != "pickle":
         raise NotAnAdapter(hit.status, hit.reason)
-    path = os.path.abspath(os.path.expanduser(target)) if hit is None else hit.path
+    path = absolute(target) if hit is None else hit.path
     lora = examine_file(path, allow_pickle, device)
     known = store.find_lora(lora.content)
     if known is not None and known[1] is not None:
@@ -73,7 +74,12 @@ def examine_file(path: str, allow_pickle: bool = False, device: str = "cpu") -> 
     if os.path.isdir(path):
         raise NotAnAdapter("not-a-file", f"{path} is a folder: name the files in it")
     target = Target(os.fsencode(path), b"", True)
-    (found,) = scan([target], ScanReport(), allow_pickle)
+    report = ScanReport()
+    found = next(scan([target], report, allow_pickle), None)
+    if found is None:
+        why = report.missing.get(target.root)
+        outcome = "inaccessible" if why else "vanished"
+        raise NotAnAdapter(outcome, f"{path}: {why or 'nothing is there'}")
     if found.outcome:
         raise NotAnAdapter(found.outcome, f"{os.path.basename(path)}: {found.reason}")
     done = examine(

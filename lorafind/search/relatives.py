@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import state
 from lorafind.index.classes import series_of
 from lorafind.index.relate import LIKELY, identities, mark_of, place_of
 from lorafind.index.store import Store
@@ -119,7 +119,7 @@ def _unchanged(store: Store, lora: int) -> str | None:
     if place is None:
         return None
     try:
-        facts = os.stat(place[0])
+        facts = state(place[0])
     except OSError:
         return None
     return place[0] if (facts.st_size, facts.st_mtime_ns) == place[1:] else None

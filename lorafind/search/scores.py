@@ -74,16 +74,20 @@ def by_basis(
     seen = _seen(basis, query.content)
     if not seen and basis.kind == COLLECTION and basis.distinguishes:
         # A copy of a fitted LoRA carries the noise that the fit has seen, as its original does.
-        scored, nearest = _scan(store, basis, _Mine(basis, parts, True), own, stored)
-        if nearest >= COPY:
-            return scored
-    return _scan(store, basis, _Mine(basis, parts, seen), own, stored)[0]
+        # Which of the two holds is known at the end, and reading twice takes longer than both.
+        both = [_Mine(basis, parts, True), _Mine(basis, parts, False)]
+        (scored, nearest), (other, _) = _scan(store, basis, both, own, stored)
+        return scored if nearest >= COPY else other
+    return _scan(store, basis, [_Mine(basis, parts, seen)], own, stored)[0][0]
 
 
 def _scan(
-    store: Store, basis: Basis, mine: _Mine, own: set[str], stored: bool
-) -> tuple[Scored, float]:
-    """Scores over the groups ``own``, and the highest among LoRAs that were fitted."""
+    store: Store, basis: Basis, mine: Sequence[_Mine], own: set[str], stored: bool
+) -> list[tuple[Scored, float]]:
+    """For each of ``mine``: scores over the groups ``own``, the highest among fitted LoRAs.
+
+    The embeddings are read once.
+    """
     blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray | None]]
     if stored:
         scan = store.chunks.scan("embedding", basis.id)
@@ -91,9 +95,10 @@ def _scan(
     else:
         ids, layouts, _ = members(store, basis.architecture)
         blocks = embedded(store, basis, ids, layouts)
-    nearest = -1.0
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    lacking: list[np.ndarray] = []
+    numbers: list[np.ndarray] = []
+    where: list[np.ndarray] = []
+    tallies = [_Tally() for _ in mine]
+    lacking: list[tuple[np.ndarray, np.ndarray]] = []
     model = set(basis.spaces["model"].groups) if "model" in basis.spaces else set()
     for block, rows, made in blocks:
         groups = rows["groups"]
@@ -104,33 +109,61 @@ def _scan(
             if not common:
                 continue
             same = groups == bits if mixed else slice(None)
+            whole = set(common) == have & model
             # Copies: a view would keep the whole block in memory.
-            if set(common) == have & model:
-                # The stored vector is over just these groups.
-                scores = basis.scores(rows["vector"][same], mine.vector(common))
-            elif made is not None:
-                seen = rows["seen"][same] if mine.distinguishes else None
-                scores = mine.against(made[same], common, seen)
-            else:
-                lacking.append(block[same])
+            if not whole and made is None:
+                kept = [np.array(rows[name][same]) for name in _facts(basis)]
+                lacking.append((block[same].copy(), np.stack(kept, 1).astype(np.int64)))
                 continue
-            found.append((block[same].copy(), rows["layout"][same].copy(), scores))
-            if mine.distinguishes:
-                fitted = scores[rows["seen"][same] != 0]
-                nearest = max(nearest, float(fitted.max(initial=-1.0)))
+            seen = rows["seen"][same] if basis.distinguishes else None
+            for one, tally in zip(mine, tallies, strict=True):
+                if whole:
+                    # The stored vector is over just these groups.
+                    tally.add(basis.scores(rows["vector"][same], one.vector(common)), seen)
+                else:
+                    assert made is not None
+                    tally.add(one.against(made[same], common, seen), seen)
+            numbers.append(block[same].copy())
+            where.append(rows["layout"][same].copy())
     if lacking:
-        for block, where, scores, seen in _by_parts(
-            store, basis, mine, own, np.concatenate(lacking)
+        ids, facts = (np.concatenate(column) for column in zip(*lacking, strict=True))
+        order = np.argsort(ids)
+        for block, layouts, found, seen in _by_parts(
+            store, basis, mine, own, ids[order], facts[order]
         ):
-            found.append((block, where, scores))
-            if seen is not None:
-                nearest = max(nearest, float(scores[seen != 0].max(initial=-1.0)))
-    if not found:
+            numbers.append(block)
+            where.append(layouts)
+            for scores, tally in zip(found, tallies, strict=True):
+                tally.add(scores, seen)
+    groups_of = tuple(sorted(own))
+    if not numbers:
         empty = np.empty(0, np.int64)
-        return Scored(empty, empty, empty, np.empty(0), tuple(sorted(own))), nearest
-    numbers, where, scores = (np.concatenate(column) for column in zip(*found, strict=True))
-    heads = _heads(store, numbers)
-    return Scored(numbers, where, heads, scores, tuple(sorted(own))), nearest
+        return [(Scored(empty, empty, empty, np.empty(0), groups_of), -1.0) for _ in mine]
+    ids, layouts = np.concatenate(numbers), np.concatenate(where)
+    heads = _heads(store, ids)
+    return [
+        (Scored(ids, layouts, heads, np.concatenate(t.scores), groups_of), t.nearest)
+        for t in tallies
+    ]
+
+
+class _Tally:
+    """Scores as they come, and the highest of LoRAs that were fitted."""
+
+    def __init__(self) -> None:
+        self.scores: list[np.ndarray] = []
+        self.nearest = -1.0
+
+    def add(self, scores: np.ndarray, seen: np.ndarray | None) -> None:
+        """The next ones; seen: which were fitted."""
+        self.scores.append(scores)
+        if seen is not None:
+            self.nearest = max(self.nearest, float(scores[seen != 0].max(initial=-1.0)))
+
+
+def _facts(basis: Basis) -> list[str]:
+    """What of a row of ``embedding`` is needed to score by parts."""
+    return ["groups", "layout", *(["seen"] if basis.distinguishes else [])]
 
 
 class _Mine:
@@ -138,7 +171,6 @@ class _Mine:
 
     def __init__(self, basis: Basis, parts: np.ndarray, seen: bool) -> None:
         self.basis, self.parts = basis, parts
-        self.distinguishes = basis.distinguishes
         self._seen = np.array([seen])
         self._vectors: dict[tuple[str, ...], np.ndarray] = {}
 
@@ -163,10 +195,11 @@ def _seen(basis: Basis, content: str) -> bool:
 
 def _heads(store: Store, ids: np.ndarray) -> np.ndarray:
     """The family of every LoRA: its own id where it has no relatives."""
-    rows = store.conn.execute("SELECT lora, family FROM families ORDER BY lora").fetchall()
-    if not rows:
+    rows = store.conn.execute("SELECT lora, family FROM families ORDER BY lora")
+    table = np.fromiter((i for row in rows for i in row), np.int64).reshape(-1, 2)
+    if not len(table):
         return ids
-    known, family = np.array(rows, np.int64).T
+    known, family = table.T
     where = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     return np.where(known[where] == ids, family[where], ids)
 
@@ -191,25 +224,29 @@ def _parts(store: Store, basis: Basis, query: Query, stored: bool) -> np.ndarray
 
 
 def _by_parts(
-    store: Store, basis: Basis, mine: _Mine, own: set[str], which: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
-    """The same for LoRAs whose groups differ from those compared: masked least squares."""
-    facts: dict[int, tuple[int, ...]] = {}
-    names = ["groups", "layout", *(["seen"] if mine.distinguishes else [])]
-    for block, rows in store.chunks.scan("embedding", basis.id):
-        picked = np.isin(block, which)
-        columns = [rows[name][picked].tolist() for name in names]
-        facts.update(zip(block[picked].tolist(), zip(*columns, strict=True), strict=True))
+    store: Store,
+    basis: Basis,
+    mine: Sequence[_Mine],
+    own: set[str],
+    which: np.ndarray,
+    facts: np.ndarray,
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray | None]]:
+    """(ids, layouts, scores for each of ``mine``, seen) of LoRAs whose groups differ from those
+    compared: masked least squares.
+
+    which: their ids, ascending; facts: a row of :func:`_facts` for each.
+    """
     for block, rows in store.chunks.scan("parts", basis.id):
-        picked = np.isin(block, which)
-        table = np.array([facts[i] for i in block[picked].tolist()], np.int64)
-        table = table.reshape(-1, len(names))
+        place = np.minimum(np.searchsorted(which, block), len(which) - 1)
+        picked = np.flatnonzero(which[place] == block)
+        table = facts[place[picked]]
         for value in np.unique(table[:, 0]).tolist():
             here = table[:, 0] == value
-            same = np.flatnonzero(picked)[here]
+            same = picked[here]
             common = tuple(sorted(own & set(group_bits.names(value))))
-            seen = table[here, 2] if mine.distinguishes else None
-            scores = mine.against(np.asarray(rows[same]), common, seen)
+            seen = table[here, 2] if basis.distinguishes else None
+            theirs = np.asarray(rows[same])
+            scores = [one.against(theirs, common, seen) for one in mine]
             yield block[same], table[here, 1], scores, seen
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lorafind.bases.basis import OWN, Basis
 from lorafind.bases.problem import BasisProblem
 from lorafind.bases.stored import current
-from lorafind.index.classes import kinds
+from lorafind.index.classes import kinds, series_of
 from lorafind.index.opening import snapshot
 from lorafind.index.problem import IndexProblem
 from lorafind.index.store import Store
@@ -28,6 +28,8 @@ TAIL = 10
 #: What is said in place of a basis where there is none.
 PLAIN = "plain"
 _CARDS = 256
+#: How many of the highest scores are sorted at first (a multiple of _CARDS).
+_SORTED = 4096
 
 #: What a user may write for a group → groups.
 GROUP_WORDS = {
@@ -124,10 +126,31 @@ def similar(store: Store, asked: Asked, wishes: Wishes) -> Iterator[Neighbour]:
         )
     if not len(scored.ids):
         return
-    z, chance = _significance(scored, own | relations.keys())
-    order = np.lexsort((scored.ids, -scored.scores))
+    z, strangers = _significance(scored, own | relations.keys())
+    order = nearest(scored.scores, scored.ids, _CARDS)
     base = _base(store, query) if wishes.same_base else None
-    yield from _rows(store, asked, scored, order, z, chance, relations, wishes, base, basis)
+    yield from _rows(store, asked, scored, order, z, strangers, relations, wishes, base, basis)
+
+
+def nearest(scores: np.ndarray, ids: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Positions of n scores, the highest first, equal ones by id, ``size`` at a time.
+
+    The same as one sort of everything, of which the first answers need only a part.
+    """
+    keys = np.where(np.isnan(scores), -np.inf, scores)
+    left = np.arange(len(keys))
+    taken = _SORTED
+    while len(left):
+        mine = keys[left]
+        if taken < len(left):
+            # All that equal the last one come along, so that ids decide among them.
+            least = np.partition(mine, len(mine) - taken)[len(mine) - taken]
+            now, left, mine = left[mine >= least], left[mine < least], mine[mine >= least]
+        else:
+            now, left = left, left[:0]
+        now = now[np.lexsort((ids[now], -mine))]
+        yield from (now[start : start + size] for start in range(0, len(now), size))
+        taken *= 16
 
 
 def _score(
@@ -158,6 +181,8 @@ def _score(
             f"The basis {chosen.facts['name']} is for {chosen.architecture}, "
             f"{query.path} is for {query.architecture}."
         )
+    if len(found) == 1 and (np.diff(found[0].ids) > 0).all():
+        return found[0], used[0]
     ids = np.concatenate([f.ids for f in found])
     # A LoRA that may be of several architectures is scored in each; its first score counts.
     _, first = np.unique(ids, return_index=True)
@@ -202,32 +227,58 @@ def _relations(store: Store, asked: Asked) -> dict[int, str]:
 
 def _likely(store: Store, asked: Asked) -> dict[int, str]:
     """Candidates for a relation of a LoRA that is not in the index."""
-    from lorafind.search.likely import likely
+    from lorafind.index.pairs import Alone, relatives
 
-    assert asked.lora is not None
-    return {number: f"~likely {guess:.2f}" for number, guess in likely(store, asked.lora).items()}
+    lora = asked.lora
+    assert lora is not None and lora.identity is not None
+    assert lora.modules is not None and lora.norms is not None
+    alone = Alone(lora.identity, [m.name for m in lora.modules], lora.norms)
+    found = relatives(store, series_of(lora.architecture), alone)
+    return {number: f"~likely {guess:.2f}" for number, guess in found}
 
 
-def _significance(scored: Scored, kin: set[int]) -> tuple[np.ndarray, np.ndarray]:
-    """z and chance of every score, NaN where there are too few strangers of the layout."""
+def _significance(scored: Scored, kin: set[int]) -> tuple[np.ndarray, dict[int, int]]:
+    """z of every score, NaN where there are too few strangers of its layout, whose number is told.
+
+    Layout → number of strangers.
+    """
     z = np.full(len(scored.ids), np.nan)
-    chance = np.full(len(scored.ids), np.nan)
+    strangers: dict[int, int] = {}
     stranger = ~np.isin(scored.ids, np.fromiter(kin, np.int64, len(kin)))
+    alone = bool((scored.families == scored.ids).all())
     for layout in np.unique(scored.layouts).tolist():
         here = scored.layouts == layout
-        # Every family speaks once.
-        _, first = np.unique(scored.families[here & stranger], return_index=True)
-        sample = scored.scores[here & stranger][first].astype(np.float64)
+        sample = scored.scores[here & stranger]
+        if not alone:
+            # Every family speaks once.
+            _, first = np.unique(scored.families[here & stranger], return_index=True)
+            sample = sample[first]
         if len(sample) < STRANGERS:
             continue
         # LoRAs of one style are strangers by descent: the median and the quartiles hardly see them.
-        low, middle, high = np.quantile(sample, [0.25, 0.5, 0.75])
+        low, middle, high = np.quantile(sample.astype(np.float64), [0.25, 0.5, 0.75])
         spread = (high - low) / 1.349
         if spread <= 0:
             continue
         z[here] = (scored.scores[here] - middle) / spread
-        chance[here] = [len(sample) * tail(v) for v in z[here].tolist()]
-    return z, chance
+        strangers[layout] = len(sample)
+    return z, strangers
+
+
+class _Variants:
+    """How many LoRAs stand in a family beside one of it."""
+
+    def __init__(self, scored: Scored) -> None:
+        self._ids = scored.ids
+        others = scored.families[scored.families != scored.ids]
+        heads, sizes = np.unique(others, return_counts=True)
+        self._sizes = dict(zip(heads.tolist(), sizes.tolist(), strict=True))
+
+    def of(self, family: int) -> int:
+        """The others of the family; its head may be out of reach."""
+        if family not in self._sizes:
+            return 0
+        return int(self._sizes[family]) - (not (self._ids == family).any())
 
 
 def tail(z: float) -> float:
@@ -259,20 +310,18 @@ def _rows(
     store: Store,
     asked: Asked,
     scored: Scored,
-    order: np.ndarray,
+    order: Iterator[np.ndarray],
     z: np.ndarray,
-    chance: np.ndarray,
+    strangers: dict[int, int],
     relations: dict[int, str],
     wishes: Wishes,
     base: str | None,
     basis: str,
 ) -> Iterator[Neighbour]:
-    heads, sizes = np.unique(scored.families, return_counts=True)
-    variants = dict(zip(heads.tolist(), (sizes - 1).tolist(), strict=True))
+    variants = _Variants(scored)
     seen: set[int] = set()
     shown = 0
-    for start in range(0, len(order), _CARDS):
-        block = order[start : start + _CARDS]
+    for block in order:
         known = cards(store, scored.ids[block].tolist())
         # Copies score alike: their order must not hang on the order of indexing.
         ties = [
@@ -301,9 +350,11 @@ def _rows(
                 path=card.paths[0] if card.paths else "",
                 score=round(score, 4),
                 z=None if my_z is None else round(my_z, 2),
-                chance=None if (c := _number(chance[k])) is None else float(f"{c:.2g}"),
+                chance=None
+                if my_z is None
+                else float(f"{strangers[int(scored.layouts[k])] * tail(my_z):.2g}"),
                 relation=relations.get(number, ""),
-                variants=0 if wishes.every else variants[family],
+                variants=0 if wishes.every else variants.of(family),
                 name=card.name,
                 architecture=card.architecture,
                 family=card.family,

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from lorafind.files.place import absolute, is_remote, state
+from lorafind.files.place import below as below_url
 from lorafind.files.scan import join
 from lorafind.index.problem import IndexProblem
 from lorafind.index.store import Store
@@ -40,7 +42,15 @@ def find(store: Store, target: str) -> Hit | None:
     None for an existing file that the index does not hold, or holds in another state. Raises
     NoSuchTarget where nothing fits, or too much does.
     """
-    path = os.path.abspath(os.path.expanduser(target))
+    path = absolute(target)
+    if is_remote(path):
+        # Whether an object that the index lacks exists is told by who reads it.
+        try:
+            return _by_path(store, path)
+        except OSError:
+            if (known := _by_path(store, path, anyway=True)) is None:
+                raise
+            return known
     if os.path.lexists(path):
         return _by_path(store, path)
     known = _by_path(store, path, anyway=True)
@@ -52,10 +62,13 @@ def find(store: Store, target: str) -> Hit | None:
 
 def _by_path(store: Store, path: str, anyway: bool = False) -> Hit | None:
     wanted = os.fsencode(path)
-    for place in dict.fromkeys((wanted, os.path.realpath(wanted))):
+    places = (wanted,) if is_remote(wanted) else (wanted, os.path.realpath(wanted))
+    for place in dict.fromkeys(places):
         for root_id, root in store.conn.execute("SELECT id, path FROM roots"):
             if place == root:
                 below = b""
+            elif is_remote(place) and (inside := below_url(place, root)):
+                below = inside
             elif place.startswith(root.rstrip(b"/\\") + os.sep.encode()):
                 below = place[len(root.rstrip(b"/\\")) + 1 :].replace(os.sep.encode(), b"/")
             else:
@@ -70,7 +83,7 @@ def _by_path(store: Store, path: str, anyway: bool = False) -> Hit | None:
                 continue
             stale = row[0] is not None and row[7] != SIGNATURE_VERSION
             if not anyway:
-                facts = os.stat(place)
+                facts = state(place)
                 stale = stale or (facts.st_size, facts.st_mtime_ns) != (row[5], row[6])
             return None if stale else Hit(path, *row[:5])
     return None

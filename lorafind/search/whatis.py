@@ -15,6 +15,7 @@ from typing import Any
 
 from lorafind.files import sidecars
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import absolute, exists, is_remote, state
 from lorafind.files.scan import join
 from lorafind.index.relate import LIKELY
 from lorafind.index.store import Store
@@ -121,13 +122,13 @@ def whatis(store: Store, target: str, count: int = 3, allow_pickle: bool = False
         return (
             answer if hit.lora is None else _of_content(store, answer, hit.lora, hit.sha256, count)
         )
-    path = hit.path if hit else os.path.abspath(os.path.expanduser(target))
+    path = hit.path if hit else absolute(target)
     name = os.path.basename(path)
     try:
-        facts = os.stat(path)
-        if stat.S_ISDIR(facts.st_mode):
+        if os.path.isdir(path):
             return Answer(path, "not-a-file", f"{name} is a folder: name the files in it")
-        sha256 = _sha256(store, path, facts)
+        # An object in a store is loaded once, by who reads it.
+        sha256 = None if is_remote(path) else _sha256(store, path, os.stat(path))
     except OSError as error:
         return Answer(path, "inaccessible", f"{name} cannot be read: {error.strerror or error}")
     twin = _twin(store, path, sha256)
@@ -144,7 +145,7 @@ def whatis(store: Store, target: str, count: int = 3, allow_pickle: bool = False
 def _begun(store: Store, hit: Hit) -> Answer:
     """Outcome, size and copies."""
     try:
-        size = os.stat(hit.path).st_size
+        size = state(hit.path).st_size
     except OSError:
         size = None
     return Answer(
@@ -321,7 +322,7 @@ def _finished(
         nearest=tuple(nearest),
         likely_base=None if answer.base_model else next(bases, None),
         likely_trigger_words=None if answer.trigger_words else next(words, None),
-        missing=tuple(path for path in dict.fromkeys(paths) if not os.path.lexists(path)),
+        missing=tuple(path for path in dict.fromkeys(paths) if not exists(path)),
     )
 
 

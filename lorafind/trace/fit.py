@@ -32,6 +32,8 @@ BEYOND = 4.0
 DEVIATION, DEVIATION_ALONE = 0.1, 0.05
 #: Independent numbers that the proof of a part rests on, and its least share of ‖P‖².
 CHECKS, SHARE = 50, 0.3
+#: Share of ‖P‖² outside of T's spaces from which on a module is without P.
+ABSENT = 0.5
 #: Relative spread of the weights of modules from which on they are called block weights.
 BLOCKS = 0.02
 
@@ -55,13 +57,15 @@ class Weight:
 class Verdict:
     """weights: of the proved parents, the largest contribution first. explained, left: shares of
     ‖T‖²; lost: ‖what the sum had outside of T's rank‖² over ‖sum‖² (resized). complete: nothing
-    but rounding is left. children: columns that T itself is an ingredient of, as far as seen."""
+    but rounding is left; rounding: the share of ‖T‖² up to which that is said. children: columns
+    that T itself is an ingredient of, as far as seen."""
 
     weights: list[Weight] = field(default_factory=list)
     explained: float = 0.0
     left: float = 1.0
     lost: float = 0.0
     complete: bool = False
+    rounding: float = 0.0
     children: list[int] = field(default_factory=list)
 
 
@@ -83,17 +87,16 @@ def spread(t: Table, c: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum with coefficients M × K. residual: ‖T − Σ‖² in the tangent space; allowed: what
-    rounding explains; lost: outside of it."""
+    """A sum with coefficients M × K. residual: ‖T − Σ‖² in the tangent space, over all modules;
+    allowed: what rounding explains; lost: outside of it. holds: within what is allowed in all
+    modules together and in every component of the model, as a weak LoRA of the text encoder must
+    not vanish in the rounding of a strong one of the U-Net."""
 
     c: np.ndarray
     residual: float
     allowed: float
     lost: float
-
-    @property
-    def holds(self) -> bool:
-        return self.residual <= self.allowed
+    holds: bool
 
 
 def _sum(t: Table, blocks: bool) -> _Sum:
@@ -103,12 +106,20 @@ def _sum(t: Table, blocks: bool) -> _Sum:
         c = np.broadcast_to(coefficients(t.tangent.sum(0), t.h.sum(0)), t.h.shape)
     rest = t.tt - 2 * (c * t.h).sum(1) + np.einsum("mi,mij,mj->m", c, t.tangent, c)
     lost = np.einsum("mi,mij,mj->m", c, t.lost, c)
-    own = t.t_error.sum()
-    total = t.tt.sum()
-    allowed = ALLOWED * (own + (c**2 * t.p_error).sum() + 4 * own / total * lost.sum())
-    return _Sum(
-        c, max(0.0, float(rest.sum())), float(allowed + FLOOR * total), max(0.0, float(lost.sum()))
-    )
+    theirs = (c**2 * t.p_error).sum(1)
+
+    def budget(part: np.ndarray) -> tuple[float, float]:
+        """(residual, what is allowed) of some modules."""
+        own, total = t.t_error[part].sum(), t.tt[part].sum()
+        within = 4 * own / total * lost[part].sum() if total else 0.0
+        allowed = ALLOWED * (own + theirs[part].sum() + within) + FLOOR * total
+        return max(0.0, float(rest[part].sum())), float(allowed)
+
+    residual, allowed = budget(np.ones(len(rest), bool))
+    component = np.array([name.partition("/")[0] for name in t.names])
+    each = [budget(component == one) for one in np.unique(component)]
+    holds = all(left <= most for left, most in [(residual, allowed), *each])
+    return _Sum(c, residual, allowed, max(0.0, float(lost.sum())), holds)
 
 
 def _free(t: Table, blocks: bool) -> bool:
@@ -116,6 +127,22 @@ def _free(t: Table, blocks: bool) -> bool:
     sides = t.ranks * np.maximum(1, t.numbers / t.limits + t.limits - t.ranks)
     unknowns = t.h.shape[1] * (len(t.names) if blocks else 1)
     return bool(sides.sum() >= FREEDOM * unknowns)
+
+
+def shares(t: Table) -> tuple[np.ndarray, np.ndarray]:
+    """(weight, share of ‖T‖² that goes without it) of each column in the best sum of all, K and K.
+
+    No proof of anything: least squares in T's tangent space with one weight each.
+    """
+    tangent, h = t.tangent.sum(0), t.h.sum(0)
+    c = coefficients(tangent, h)
+    count = len(c)
+    without = []
+    for k in range(count):
+        rest = [j for j in range(count) if j != k]
+        few = coefficients(tangent[np.ix_(rest, rest)], h[rest])
+        without.append(float(c @ h - few @ h[rest]))
+    return c, np.array(without) / float(t.tt.sum())
 
 
 def decide(t: Table) -> Verdict:
@@ -168,7 +195,7 @@ def _complete(t: Table, blocks: bool) -> Verdict:
     rows.sort(key=lambda w: -w.explained)
     left = found.residual / total
     size = found.lost + total
-    return Verdict(rows, 1 - left, left, found.lost / size, True)
+    return Verdict(rows, 1 - left, left, found.lost / size, True, found.allowed / total)
 
 
 def _children(t: Table, found: _Sum) -> list[int]:
@@ -201,17 +228,20 @@ def _parts(t: Table) -> Verdict:
         if found is None:
             continue
         weight, sd, passed = found
-        c[:, k] = np.where(passed, t.weight[:, k], 0.0)
+        c[:, k] = np.where(passed, t.weight[:, k], weight)
         used = t.weight[passed, k]
-        off = bool((t.tt > 0)[~passed].any()) and t.p_ranks[~passed & (t.tt > 0), k].any()
-        varied = np.std(used) > BLOCKS * abs(weight) or off
+        # Unproved is not absent: a weight of 0 is said only where nothing of P is in T's spaces.
+        pp = np.diagonal(t.gram, axis1=1, axis2=2)[:, k]
+        off = (t.tt > 0) & (pp > 0) & (t.beyond[:, k] > ABSENT * pp)
+        c[off, k] = 0.0
+        varied = bool(np.std(used) > BLOCKS * abs(weight) or off.any())
         low, high = (
-            (min(float(used.min()), 0.0 if off else np.inf), float(used.max()))
+            (min(float(used.min()), 0.0 if off.any() else np.inf), float(used.max()))
             if varied
             else (weight, weight)
         )
         if not varied:
-            c[:, k] = np.where(passed, weight, 0.0)
+            c[:, k] = weight
         rows.append(Weight(k, "part", weight, sd, low, high, 0.0))
     if not rows:
         return Verdict()
@@ -254,5 +284,7 @@ def _part(t: Table, k: int) -> tuple[float, float, np.ndarray] | None:
     values = t.weight[passed, k]
     weight = float(np.average(values, weights=trust))
     share = trust / trust.sum()
-    sd = float(np.sqrt((share**2 * (values - weight) ** 2).sum()))
+    # What rounding leaves in T⁺ has one sign in all modules and grows with the deviation's square.
+    lean = abs(weight) * float((share * t.deviation[passed, k] ** 2).sum())
+    sd = float(np.hypot(np.sqrt((share**2 * (values - weight) ** 2).sum()), lean))
     return weight, sd, passed

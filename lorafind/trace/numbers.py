@@ -128,30 +128,33 @@ def scores(
     chosen: Sequence[Adapter],
     c: np.ndarray,
     tick: Tick,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(⟨P_j, R⟩, ‖P_j‖²) of candidates, R = T − Σ c_k·P_k within T's tangent space.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(⟨P_j, R⟩, ‖P_j‖², ‖R‖²), M × J twice and M; R = T − Σ c_k·P_k within T's tangent space.
 
-    ‖P_j‖² is over the modules that T has. R stays a product of factors, so that a candidate costs
+    c: one per chosen LoRA, or M × K. R stays a product of factors, so that a candidate costs
     one product per side, and those of all candidates are made together.
     """
-    found, own = np.zeros(len(candidates)), np.zeros(len(candidates))
+    found, own = np.zeros((2, len(target.shapes), len(candidates)))
+    left = np.zeros(len(target.shapes))
+    c = np.broadcast_to(c, (len(target.shapes), len(chosen)))
     plans = [{p.name: p.shape for p in a.plan.modules if not p.parameters} for a in candidates]
     held = [{p.name: p.shape for p in a.plan.modules} for a in chosen]
     bound = [adapter.modules for adapter in candidates]
-    for name, shape, part, space in target:
+    for m, (name, shape, part, space) in enumerate(target):
         rest = [part]
         for k, adapter in enumerate(chosen):
             if held[k].get(name) == shape:
                 other = Part.of(adapter.modules[name])
                 past = space.outside(other)
-                rest += [other.times(-c[k]), *([past.times(c[k])] if past else [])]
+                rest += [other.times(-c[m, k]), *([past.times(c[m, k])] if past else [])]
         residual = Part.total(rest)
+        left[m] = inner(residual, residual)
         who = [j for j, plan in enumerate(plans) if plan.get(name) == shape]
         parts = [Part.of(bound[j][name]) for j in who]
         for j, p in zip(who, parts, strict=True):
-            own[j] += inner(p, p)
+            own[m, j] = inner(p, p)
             if p.pair is None:
-                found[j] += inner(p, residual)
+                found[m, j] = inner(p, residual)
         low = [(j, p.pair) for j, p in zip(who, parts, strict=True) if p.pair is not None]
         if low:
             b = torch.cat([pair[0] for _, pair in low], 1)
@@ -161,9 +164,9 @@ def scores(
             else:
                 columns = ((residual.pair[0].T @ b) * (residual.pair[1] @ a.T)).sum(0)
             owner = np.repeat([j for j, _ in low], [pair[1].shape[0] for _, pair in low])
-            np.add.at(found, owner, columns.numpy())
+            np.add.at(found[m], owner, columns.numpy())
         tick()
-    return found, own
+    return found, own, left
 
 
 def column(

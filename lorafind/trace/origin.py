@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from lorafind.search.targets import cards, find
 if TYPE_CHECKING:
     from lorafind.formats.adapter import Adapter
     from lorafind.trace.fit import Verdict
-    from lorafind.trace.pursuit import Found
+    from lorafind.trace.numbers import Table
+    from lorafind.trace.pursuit import Effort, Found
     from lorafind.trace.reading import Shelf
 
 #: Relations that leave ΔW as it is, up to rounding and one factor: neither comes from the other.
@@ -30,6 +31,11 @@ SAME = ("file", "tensors", "weights", "cast", "scaled")
 FACTORS = 64
 #: Relatives that are named beside the parents.
 RELATED = 3
+#: Kin of the LoRAs taken that are tried as well.
+KIN = 4
+#: The share of ‖ΔW‖² from which on a LoRA that is no proved parent is named: a cosine of 0.30,
+#: beyond any chance; only its place in the descent is open.
+LIKELY = 0.09
 #: The sketch finds a part of so many standard deviations nearly always.
 SURE = 1.65
 
@@ -63,8 +69,10 @@ class Trace:
     explained, left: shares of ‖ΔW‖² by all parents together (None where that is not a sum). lost:
     the share of the sum that a resize cut off. complete: nothing but rounding is left. limit: the
     weight below which a further parent (of this collection's median norm) may have been missed, an
-    estimate. copies: paths that hold the same ΔW. related: alike, but not proved to be parents.
-    unread: LoRAs that seemed worth a look but are out of reach.
+    estimate. likely: LoRAs that explain much and are not proved, {path, lora, weight, explained}:
+    they or trainings akin to them may be ingredients of a merge that lost something; weight and
+    share are estimates. copies: paths that hold the same ΔW. related: alike, but not proved to be
+    parents. unread: LoRAs that seemed worth a look but are out of reach.
     """
 
     path: str
@@ -75,6 +83,7 @@ class Trace:
     lost: float = 0.0
     complete: bool = False
     limit: float | None = None
+    likely: list[dict[str, Any]] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
     related: list[dict[str, Any]] = field(default_factory=list)
     unread: int = 0
@@ -113,9 +122,17 @@ def trace(
 
 
 def of_lora(
-    store: Store, lora: int, path: str, watch: Progress, shelf: Shelf | None = None
+    store: Store,
+    lora: int,
+    path: str,
+    watch: Progress,
+    shelf: Shelf | None = None,
+    effort: Effort | None = None,
 ) -> Trace:
-    """The same of a LoRA of the index; ``path`` is only shown. shelf: opens the others."""
+    """The same of a LoRA of the index; ``path`` is only shown.
+
+    shelf: opens the others; effort: None for that of a single file.
+    """
     (architecture,) = store.conn.execute(
         "SELECT architecture FROM loras WHERE id = ?", (lora,)
     ).fetchone()
@@ -129,7 +146,9 @@ def of_lora(
             f"{path} is out of reach or has changed since it was indexed: run `lorafind index`."
         )
     identity = _identity(store, series_of(architecture), lora)
-    return _trace(store, path, lora, adapter, architecture, identity, relatives, watch, shelf)
+    return _trace(
+        store, path, lora, adapter, architecture, identity, relatives, watch, shelf, effort
+    )
 
 
 def shelf_of(store: Store) -> Shelf:
@@ -137,28 +156,6 @@ def shelf_of(store: Store) -> Shelf:
     from lorafind.trace.reading import Shelf
 
     return Shelf(lambda number: _open(store, number))
-
-
-def everything(store: Store, watch: Progress | None = None) -> Iterator[Trace]:
-    """The trace of every LoRA of the index, those that cannot be read left out with a note."""
-    watch = watch or Silent()
-    rows = [
-        lora
-        for (lora,) in store.conn.execute(
-            "SELECT DISTINCT lora FROM files WHERE lora IS NOT NULL AND presence = 'here' "
-            "ORDER BY lora"
-        )
-    ]
-    watch.stage("Tracing", len(rows), 0)
-    shelf = shelf_of(store)
-    for lora in rows:
-        place = place_of(store, lora)
-        if place is not None:
-            try:
-                yield of_lora(store, lora, place[0], Silent(), shelf)
-            except (IndexProblem, NotAnAdapter, OSError) as error:
-                watch.note(str(error))
-        watch.advance(1, 0)
 
 
 def _identity(store: Store, key: str, lora: int) -> np.ndarray:
@@ -227,14 +224,16 @@ def _trace(
     relatives: list[Relative],
     watch: Progress,
     shelf: Shelf | None = None,
+    effort: Effort | None = None,
 ) -> Trace:
     origin = _by_relation(store, path, lora, relatives)
     if origin is not None:
         return origin
     from lorafind.features.sources import one_thread
+    from lorafind.trace.blocks import by_modules
     from lorafind.trace.fit import decide
     from lorafind.trace.numbers import measure
-    from lorafind.trace.pursuit import pursue
+    from lorafind.trace.pursuit import THOROUGH, pursue
 
     shelf = shelf or shelf_of(store)
     copies = _copies(store, relatives)
@@ -264,8 +263,18 @@ def _trace(
                 open_lora,
                 skip,
                 watch,
+                effort or THOROUGH,
             )
-            verdict = decide(measure(adapter, found.adapters))
+            table = measure(adapter, found.adapters)
+            verdict = decide(table)
+            if not verdict.complete and not verdict.children:
+                more = by_modules(adapter, found, table, lambda: watch.advance(1, 0))
+                more = _with_kin(store, more, open_lora, skip)
+                if more is not found:
+                    measured = measure(adapter, more.adapters)
+                    second = decide(measured)
+                    if second.complete or len(second.weights) > len(verdict.weights):
+                        found, verdict, table = more, second, measured
         if not verdict.children:
             break
         skip |= {found.ids[k] for k in verdict.children}
@@ -277,6 +286,10 @@ def _trace(
         copies.append(parents[0].lora)
         parents = []
     by_factors = any(p.kind == "factor sum" for p in parents)
+    same = {p.lora: _copies(store, of_indexed(store, p.lora)) for p in parents}
+    parents = [_also(store, p, same[p.lora]) for p in parents]
+    named = {*copies, *same, *(k for several in same.values() for k in several)}
+    likely = [] if verdict.complete or by_factors else _likely(store, found, table, named)
     return Trace(
         path,
         lora,
@@ -285,11 +298,44 @@ def _trace(
         None if by_factors else verdict.left if parents else 1.0,
         verdict.lost,
         bool(parents) and (verdict.complete or by_factors),
-        _limit(store, identity, found, verdict, by_factors),
+        _limit(store, architecture, identity, found, verdict, by_factors),
+        likely,
         [_path(store, k) for k in copies],
-        _related(store, relatives, {p.lora for p in parents}),
+        _related(store, relatives, named | {row["lora"] for row in likely}),
         len(unread),
     )
+
+
+def _also(store: Store, parent: Parent, same: list[int]) -> Parent:
+    """The parent with the other files of its ΔW, any of which may have been the one."""
+    if not same:
+        return parent
+    names = ", ".join(os.path.basename(_path(store, k)) for k in same[:RELATED])
+    return replace(parent, text="; ".join(filter(None, [parent.text, f"the same as {names}"])))
+
+
+def _with_kin(
+    store: Store, found: Found, open_lora: Callable[[int], Adapter | None], skip: set[int]
+) -> Found:
+    """``found`` with the nearest kin of those taken, such as two states of one run.
+
+    What the second adds to the first is little of ‖T‖, so that a pursuit passes it over.
+    """
+    kin: dict[int, float] = {}
+    for number in found.ids:
+        for other in of_indexed(store, number):
+            relation = other.relation
+            if relation is None or relation.grade in SAME or other.lora in skip:
+                continue
+            kin[other.lora] = max(kin.get(other.lora, 0.0), abs(relation.cosine))
+    ids, adapters = list(found.ids), list(found.adapters)
+    nearest = [k for k in sorted(kin, key=lambda k: -kin[k]) if k not in ids][:KIN]
+    for number in nearest:
+        adapter = open_lora(number)
+        if adapter is not None:
+            ids.append(number)
+            adapters.append(adapter)
+    return found if len(ids) == len(found.ids) else replace(found, ids=ids, adapters=adapters)
 
 
 def _parents(store: Store, found: Found, verdict: Verdict) -> list[Parent]:
@@ -335,17 +381,46 @@ def _factor_sum(store: Store, adapter: Adapter, found: Found) -> list[Parent]:
     ]
 
 
-def _limit(
-    store: Store, identity: np.ndarray, found: Found, verdict: Verdict, by_factors: bool
-) -> float | None:
-    """See :class:`Trace`; None where nothing is left to find, or nothing to compare with."""
-    from lorafind.trace.pursuit import LEAST, SIGMAS
+def _likely(store: Store, found: Found, table: Table, named: set[int]) -> list[dict[str, Any]]:
+    """See :class:`Trace`; the largest share first."""
+    from lorafind.trace.fit import shares
 
-    norms = [norm for (norm,) in store.conn.execute("SELECT norm FROM loras WHERE norm > 0")]
-    if verdict.complete or by_factors or not norms:
+    rows = [
+        {
+            "path": _path(store, number),
+            "lora": number,
+            "weight": float(c),
+            "explained": float(share),
+        }
+        for number, c, share in zip(found.ids, *shares(table), strict=True)
+        if number not in named and share >= LIKELY
+    ]
+    return sorted(rows, key=lambda row: -row["explained"])
+
+
+def _limit(
+    store: Store,
+    architecture: str,
+    identity: np.ndarray,
+    found: Found,
+    verdict: Verdict,
+    by_factors: bool,
+) -> float | None:
+    """See :class:`Trace`; None where there is nothing to compare with."""
+    from lorafind.trace.pursuit import LEAST
+
+    norms = [
+        norm
+        for norm, other in store.conn.execute("SELECT norm, architecture FROM loras WHERE norm > 0")
+        if comparable(other, architecture)
+    ]
+    if by_factors or not norms:
         return None
     size = float(np.sqrt((identity["norms"].astype(np.float64) ** 2).sum()))
-    share = max((SIGMAS + SURE) * found.noise, float(np.sqrt(LEAST * found.left)))
+    if verdict.complete:
+        share = float(np.sqrt(verdict.rounding))
+    else:
+        share = max((found.sigmas + SURE) * found.noise, float(np.sqrt(LEAST * found.left)))
     return share * size / float(np.median(norms))
 
 

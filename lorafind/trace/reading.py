@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lorafind.formats.adapter import Adapter
-from lorafind.trace.spaces import Part, Space
+from lorafind.formats.delta import ROUNDING, Delta, LowRank
+from lorafind.formats.delta.base import flat
+from lorafind.relations.core import precision
+from lorafind.trace.spaces import Pair, Part, Space
 
 #: Numbers of the target's factors and spaces that are kept (8 bytes each), and bytes of stored
 #: tensors of candidates; what is beyond is read again. Adapters that are held open at most.
@@ -31,13 +35,23 @@ class Target:
     def _at(self, name: str) -> tuple[Part, Space]:
         if name in self._kept:
             return self._kept[name]
-        part = Part.of(self.adapter.modules[name])
-        space = Space(part)
+        delta = self.adapter.modules[name]
+        part = Part.of(delta)
+        space = Space(part, _noise(delta, self.adapter) if part.pair is not None else None)
         size = 2 * (space.u.numel() + space.v.numel())
         if size <= self._room:
             self._room -= size
             self._kept[name] = part, space
         return part, space
+
+
+def _noise(delta: Delta, adapter: Adapter) -> Pair | None:
+    """See :class:`lorafind.trace.spaces.Space`; None for forms that are no plain B·A."""
+    if type(delta) is not LowRank or delta.mid is not None:
+        return None
+    rounding = ROUNDING[precision(delta, adapter.effective_dtype)]
+    up, down = flat(delta.up, torch.float64), flat(delta.down, torch.float64)
+    return rounding.variance(up).sum(0) * delta.scale**2, rounding.variance(down).sum(1)
 
 
 class Shelf:

@@ -7,6 +7,7 @@ approximation of a sum S, then ΔW and S agree there exactly (Eckart and Young 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,9 @@ def inner(x: Part, y: Part) -> float:
 class Space:
     """U (o × r), the singular values and V (n × r) of a module; ``rank`` is the numerical one."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, noise: Pair | None = None) -> None:
+        """noise: expected ‖rounding error‖² of the columns of B and of the rows of A (r and r)."""
+        self.stored: tuple[Pair, Pair] | None = None
         if part.pair is None:
             # Without factors the rank is taken as full: nothing can lie outside.
             self.limit = self.rank = min(part.dense().shape)
@@ -85,6 +88,8 @@ class Space:
         self.limit = min(len(u), len(v))
         self.rank = int((values > NO_DIRECTION * values[:1]).sum()) if len(values) else 0
         self.u, self.v, self.values = u[:, : self.rank], v[:, : self.rank], values[: self.rank]
+        if noise is not None and self.rank == part.pair[0].shape[1]:
+            self.stored = part.pair, noise
 
     @property
     def full(self) -> bool:
@@ -120,18 +125,42 @@ class Space:
     def wedderburn(self, parent: Space) -> tuple[float, float, int]:
         """(c, deviation, k) of a parent P in this T.
 
-        Where T = c·P + M and the ranks of c·P and M add up, V_Pᵀ·T⁺·U_P·Σ_P = I/c, whatever M is
-        (Wedderburn's rank reduction, 1934). c comes from the mean of the diagonal over the k strong
-        directions of P; deviation: ‖D − I/c‖ over ‖I/c‖, about 1 or more for a stranger.
+        Where T = c·P + M and the ranks of c·P and M add up, D = V_Pᵀ·T⁺·U_P·Σ_P = I/c, whatever M
+        is (Wedderburn's rank reduction, 1934). c comes from the mean of the diagonal over the k
+        strong directions of P; deviation: ‖D − I/c‖ over ‖I/c‖, about 1 or more for a stranger.
         """
         if not len(self.values) or not len(parent.values):
             return 0.0, float("inf"), 0
         k = int((parent.values >= STRONG * parent.values[0]).sum())
         root = parent.values[:k].sqrt()
-        left = (parent.v[:, :k].T @ self.v) / self.values
-        d = root[:, None] * (left @ (self.u.T @ parent.u[:, :k])) * root
-        mean = float(d.diagonal().mean())
-        if mean == 0.0:
-            return 0.0, float("inf"), k
-        eye = torch.eye(k, dtype=d.dtype)
-        return 1 / mean, float((d / mean - eye).norm()) / k**0.5, k
+        eye = torch.eye(k, dtype=root.dtype)
+        best = 0.0, float("inf")
+        for inverse in self._inverses(parent.u[:, :k], parent.v[:, :k]):
+            d = root[:, None] * inverse * root
+            mean = float(d.diagonal().mean())
+            if mean == 0.0:
+                continue
+            deviation = float((d / mean - eye).norm()) / k**0.5
+            if deviation < best[1]:
+                best = 1 / mean, deviation
+        return *best, k
+
+    def _inverses(self, u: Tensor, v: Tensor) -> Iterator[Tensor]:
+        """Vᵀ·T⁺·U, and the same freed of what rounding adds to BᵀB, to AAᵀ and to both.
+
+        Parents that are nearly alike leave small singular values in T, which rounding lifts: T⁺
+        comes out too small and c too large. Its expected share can be taken off (Fuller,
+        Measurement Error Models, 1987, 2.2). A merge by concatenation may have kept A to the bit:
+        hence each alone.
+        """
+        yield (v.T @ self.v) / self.values @ (self.u.T @ u)
+        if self.stored is None:
+            return
+        (b, a), (b_noise, a_noise) = self.stored
+        nothing = torch.zeros_like(b_noise)
+        for b_less, a_less in ((b_noise, nothing), (nothing, a_noise), (b_noise, a_noise)):
+            left, failed_left = torch.linalg.cholesky_ex(a @ a.T - torch.diag(a_less))
+            right, failed_right = torch.linalg.cholesky_ex(b.T @ b - torch.diag(b_less))
+            if failed_left or failed_right:
+                continue
+            yield torch.cholesky_solve(a @ v, left).T @ torch.cholesky_solve(b.T @ u, right)

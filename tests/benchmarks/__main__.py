@@ -147,47 +147,10 @@ def similar(place: Path, scale: float) -> Iterator[Line]:
 
 
 def million(place: Path, scale: float) -> Iterator[Line]:
-    """One query over a million embeddings, against a numpy product over the same bytes."""
-    from lorafind.index.store import Store
-    from lorafind.search.query import ask
-    from lorafind.search.scores import by_basis
-    from tests.benchmarks.planted import COMPONENTS, fill, settle
+    """A million LoRAs in one index, whole commands; see :mod:`tests.benchmarks.million`."""
+    from tests.benchmarks.million import million as run
 
-    n = int(1_000_000 * scale)
-    (place / "files").mkdir()
-    fill(place / "x.db", n, place / "files", with_identity=False)
-    settle(place / "x.db")
-    with Store.open(place / "x.db") as store:
-        from lorafind.bases.stored import current
-
-        asked = ask(store, "lora 3")
-        basis = current(store, "sd1")
-        assert basis is not None
-        wanted = ("self_attn", "cross_attn", "ff")
-        took = timed(lambda: by_basis(store, basis, asked.query, wanted), 5)
-        size = n * basis.record.itemsize
-
-        def product() -> None:
-            # The same chunks out of SQLite, and one product over each.
-            vector = np.ones(COMPONENTS, np.float32)
-            for _, rows in store.chunks.scan("embedding", basis.id):
-                rows["vector"] @ vector
-
-        floor = timed(product, 5)
-        bare = _in_memory(n, COMPONENTS)
-    yield Line(f"scores at {n:,} ({size / 1e6:,.0f} MB of embeddings)", f"{took:.2f} s", "")
-    yield Line(
-        "… / numpy product over the same rows read from the index", f"{took / floor:.2f}", "≤ 1.2"
-    )
-    yield Line("… / numpy product over the same bytes already in memory", f"{took / bare:.2f}", "")
-    _, peak = process(*lorafind("--db", str(place / "x.db"), "similar", "lora 3"), repeat=1)
-    yield Line("… peak memory of the process", f"{peak / 2**20:.0f} MiB", "< 1024 MiB")
-
-
-def _in_memory(rows: int, columns: int) -> float:
-    """One numpy product over as many bytes that are in memory already."""
-    matrix, vector = np.ones((rows, columns), np.float32), np.ones(columns, np.float32)
-    return timed(lambda: matrix @ vector, 5)
+    yield from run(place, scale)
 
 
 def dupes(place: Path, scale: float) -> Iterator[Line]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,24 +49,71 @@ def identities(n: int, seed: int, norms: int = 192) -> tuple[np.ndarray, np.ndar
     return record, rng.uniform(0.1, 1.0, (n, norms)).astype(np.float32)
 
 
-def fill(db: Path, n: int, folder: Path, styles: int = 64, with_identity: bool = True) -> None:
+def blocks(n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids, identity records, module norms) of n LoRAs with copies among them, 4,096 at a time.
+
+    Every hundredth LoRA is a copy of the one before it, rounded as BF16 rounds; a hundredth of each
+    block's 4,096 (10,000 of a million) are copies of the very first LoRA.
+    """
+    first: tuple[np.ndarray, np.ndarray] | None = None
+    for start in range(0, n, 4096):
+        size = min(4096, n - start)
+        record, norms = identities(size, 1000 + start)
+        if first is None:
+            first = record[0].copy(), norms[0].copy()
+        for k in range(50, size, 100):
+            record[k], norms[k] = rounded(record[k - 1], norms[k - 1], start + k)
+        for k in range(99, size, 100):
+            record[k], norms[k] = rounded(*first, start + k)
+        yield np.arange(start, start + size) + 1, record, norms
+
+
+def planted_pairs(n: int) -> set[tuple[int, int]]:
+    """The ids of the copies of :func:`blocks` that are no copies of the first."""
+    return {
+        (k, k + 1)
+        for start in range(0, n, 4096)
+        for k in range(start + 50, min(start + 4096, n), 100)
+    }
+
+
+def rounded(record: np.ndarray, norms: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same LoRA as BF16 keeps it: off by 0.23 % of ‖ΔW‖."""
+    rng = np.random.default_rng(seed)
+    made = record.copy()
+    noise = rng.standard_normal(made["sketch"].shape, np.float32) * (2.3e-3 / DIMENSIONS**0.5)
+    made["sketch"] = np.where(made["sketch"] != 0, made["sketch"] + noise, 0)
+    made["norms"] *= 1 + 2e-5 * rng.standard_normal(len(made["norms"]))
+    return made, norms * (1 + 1e-4 * rng.standard_normal(len(norms), np.float32))
+
+
+def fill(
+    db: Path,
+    n: int,
+    folder: Path,
+    styles: int = 64,
+    with_identity: bool = True,
+    with_basis: bool = True,
+) -> None:
     """An index of n LoRAs of one architecture; ``styles`` of them can be queries."""
     rng = np.random.default_rng(1)
-    record, norms = identities(n, 2) if with_identity else (None, None)
     with Store.open(db, "write") as store:
         store.targets([folder])
         with store.batch():
             where = store.put_layout("sd1", layout())
-        rows(store, 0, n, where, norms)
-        with store.batch():
-            for k in range(min(styles, n)):
-                store.put_signature(k + 1, signature(rng))
-        for start in range(0, n if record is not None else 0, 4096):
-            assert record is not None
-            ids = np.arange(start, min(start + 4096, n)) + 1
+        if with_identity:
+            for ids, record, norms in blocks(n):
+                rows(store, int(ids[0]) - 1, int(ids[-1]), where, norms)
+                with store.batch():
+                    store.chunks.append_many("identity", "sd", ids, record)
+        else:
+            rows(store, 0, n, where, None)
+        for start in range(0, min(styles, n), 1024):
             with store.batch():
-                store.chunks.append_many("identity", "sd", ids, record[ids - 1])
-        _basis(store, n, where, rng)
+                for k in range(start, min(start + 1024, styles, n)):
+                    store.put_signature(k + 1, signature(rng))
+        if with_basis:
+            _basis(store, n, where, rng)
 
 
 def signature(rng: np.random.Generator) -> StoredSignature:
@@ -77,7 +125,7 @@ def signature(rng: np.random.Generator) -> StoredSignature:
 
 
 def rows(store: Store, first: int, last: int, where: int, norms: np.ndarray | None) -> None:
-    """LoRAs first … last − 1 (from 0) and a file of each, in bulk."""
+    """LoRAs first … last − 1 (from 0) and a file of each, in bulk; norms: of these alone."""
     (root,) = store.conn.execute("SELECT id FROM roots").fetchone()
     ones = np.ones(192, np.float32).tobytes()
     with store.batch():
@@ -90,7 +138,7 @@ def rows(store: Store, first: int, last: int, where: int, norms: np.ndarray | No
                     f"{k:064x}",
                     f"{k:064x}",
                     where,
-                    ones if norms is None else norms[k].tobytes(),
+                    ones if norms is None else norms[k - first].tobytes(),
                     f'{{"name": "lora {k}"}}',
                     VERSION,
                 )
@@ -139,6 +187,12 @@ def settle(db: Path) -> None:
     with Store.open(db, "write") as store, store.batch():
         (newest,) = store.conn.execute("SELECT max(id) FROM loras").fetchone()
         store.set_meta(mark_of("sd"), newest)
+
+
+def offline(db: Path) -> None:
+    """The drive with the files is away."""
+    with Store.open(db, "write") as store, store.batch():
+        store.conn.execute("UPDATE files SET presence = 'offline'")
 
 
 def tiny_files(folder: Path, n: int) -> None:

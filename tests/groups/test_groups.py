@@ -16,7 +16,7 @@ from lorafind import Index
 from lorafind.bases.stored import current
 from lorafind.demo.make import make
 from lorafind.groups import cluster, sort
-from lorafind.groups.link import link, safe_name
+from lorafind.groups.link import MARK, link, safe_name
 from lorafind.groups.sort import Group, Wishes
 from lorafind.index.problem import IndexProblem
 from lorafind.index.store import Store
@@ -173,15 +173,34 @@ def test_links(db: Path, tmp_path: Path) -> None:
     done = small.run(db, "groups", "-k", "6", "--link", str(target))
     assert done.exit_code == 0
     found = groups(db, 6)
-    assert sorted(os.listdir(target)) == [f"{g.number} {Path(g.path or '').stem}" for g in found]
+    names = [f"{g.number} {Path(g.path or '').stem}" for g in found]
+    assert sorted(os.listdir(target)) == [MARK, *names]
     for group in found:
         place = target / f"{group.number} {Path(group.path or '').stem}"
-        assert {os.readlink(p) for p in place.iterdir()} == {m.path for m in group.members}
+        linked = {os.readlink(p) for p in place.iterdir()}
+        sidecars = {path for path in linked if path.endswith(".civitai.info")}
+        assert linked - sidecars == {m.path for m in group.members}
+        own = {os.path.splitext(m.path)[0] + ".civitai.info" for m in group.members}
+        assert sidecars == {path for path in own if os.path.exists(path)}
     assert os.listdir(tmp_path) == ["by style"]
+    assert "links and 14 to sidecars and previews in" in done.stderr
     before = {p: os.lstat(p) for p in target.rglob("*")}
     done = small.run(db, "groups", "-k", "6", "--link", str(target))
-    assert done.exit_code == 4 and "is not empty" in done.stderr
+    assert done.exit_code == 0 and ", as they were" in done.stderr
     assert {p: os.lstat(p) for p in target.rglob("*")} == before
+    # Other groups replace them; what is not a link of ours is never replaced.
+    assert small.run(db, "groups", "-k", "3", "--link", str(target)).exit_code == 0
+    assert len(os.listdir(target)) == 4 and os.listdir(tmp_path) == ["by style"]
+    mine = next(p for p in target.iterdir() if p.is_dir()) / "notes.txt"
+    mine.write_text("mine")
+    done = small.run(db, "groups", "-k", "6", "--link", str(target))
+    assert done.exit_code == 4 and "notes.txt is no link that lorafind made" in done.stderr
+    assert mine.read_text() == "mine" and len(os.listdir(target)) == 4
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/x").symlink_to("y")
+    done = small.run(db, "groups", "-k", "6", "--link", str(tmp_path / "used"))
+    assert done.exit_code == 4 and "is not empty" in done.stderr
+    assert os.readlink(tmp_path / "used/x") == "y"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(IndexProblem, match="is a file or a link"):
         link(found, tmp_path / "file")
@@ -198,13 +217,34 @@ def test_links_of_one_name_and_of_gone_files(db: Path, tmp_path: Path) -> None:
         made.append(sort.Member(**{**vars(member), "path": str(place), "other_paths": ()}))
     gone = sort.Member(**{**vars(made[0]), "path": str(tmp_path / "gone"), "other_paths": ()})
     whole = sort.Group(**{**vars(group), "central": made[0], "members": (*made, gone)})
-    assert link([whole], tmp_path / "links") == (3, 1)
+    for number in range(2):
+        (tmp_path / str(number) / "style.preview.png").write_bytes(b"x")
+    made_ = link([whole], tmp_path / "links")
+    assert (made_.links, made_.beside, made_.missing) == (3, 2, 1)
     place = tmp_path / "links/1 style"
     assert sorted(os.listdir(place)) == [
+        "style (2).preview.png",
         "style (2).safetensors",
         "style (3).safetensors",
+        "style.preview.png",
         "style.safetensors",
     ]
+    for name in ("style", "style (2)"):
+        weights, picture = (place / f"{name}{end}" for end in (".safetensors", ".preview.png"))
+        assert Path(os.readlink(weights)).parent == Path(os.readlink(picture)).parent
+
+
+def test_a_file_system_without_links_is_named(
+    db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, place: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    group = groups(db, 6)[0]
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(IndexProblem, match="name a folder on a file system that has links"):
+        link([group], tmp_path / "links")
+    assert os.listdir(tmp_path) == []
 
 
 def test_interrupted_links_leave_nothing(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from lorafind.demo.make import make
 from lorafind.formats.read import open_adapter
 from lorafind.index.problem import IndexProblem
 from lorafind.mix.mix import Mix, Wishes, text
+from lorafind.search.similar import Wishes as Many
 from tests.search import small
 
 
@@ -89,6 +92,48 @@ def test_the_score_is_that_of_the_file(db: Path, tmp_path: Path) -> None:
     assert told["norm"] == pytest.approx(square**0.5, rel=1e-5)
 
 
+def test_what_the_file_will_have_once_indexed_is_told(db: Path, tmp_path: Path) -> None:
+    """The sum of fitted LoRAs carries their noise; its file is new to the basis."""
+    target = db.parent / "demo/wild/lobster-train-07.safetensors"
+    db = tmp_path / "whole.db"
+    small.index(db, target.parents[1])
+    (tmp_path / "l").mkdir()
+    whole, low = (tmp_path / "l" / f"{name}.safetensors" for name in ("whole", "low"))
+    done = small.run(db, "mix", str(target), "-o", str(whole), "--json")
+    told = json.loads(done.stdout)
+    assert told["score"] > told["nearest"] and told["score"] - told["fresh"] > 0.005
+    done = small.run(db, "mix", str(target), "-o", str(low), "--rank", "2", "--tsv")
+    assert "% of ‖ΔW‖² left out by the rank" in done.stderr
+    small.index(db, tmp_path / "l")
+    with Index.open(db) as index:
+        found = {one.path: one.score for one in index.similar(str(target), Many(100, every=True))}
+    assert told["file"]["score"] == pytest.approx(found[str(whole)], abs=2e-4)
+    assert told["fresh"] == pytest.approx(told["file"]["score"], abs=1e-3)
+    assert f"in `similar` its score is {found[str(low)]:.3f}" in done.stderr
+
+
+def test_a_text_encoder_alone_is_said_to_be_left_out(tmp_path: Path) -> None:
+    g = np.random.default_rng(0)
+    text_encoder = {
+        f"lora_te_text_model_encoder_layers_{k}_self_attn_q_proj": (
+            g.standard_normal((768, 4)).astype("f4"),
+            g.standard_normal((4, 768)).astype("f4"),
+        )
+        for k in range(4)
+    }
+    for k in range(32):
+        small.save(tmp_path / f"l/{k}.safetensors", small.random(k))
+    small.save(tmp_path / "l/text.safetensors", text_encoder)
+    small.index(tmp_path / "i.db", tmp_path / "l", relate=False)
+    with Index.open(tmp_path / "i.db", write=True) as index:
+        index.finish()
+    stranger = small.save(tmp_path / "x.safetensors", small.random(99))
+    found = mixed(tmp_path / "i.db", stranger)
+    assert found.apart == 1
+    done = small.run(tmp_path / "i.db", "mix", str(stranger))
+    assert "(a text encoder alone, for instance): 1." in done.stderr
+
+
 def test_lines_and_notations(db: Path) -> None:
     found = mixed(db, stranger(db))
     done = small.run(db, "mix", str(stranger(db)), "--header")
@@ -104,6 +149,14 @@ def test_lines_and_notations(db: Path) -> None:
         "strength_model": found.ingredients[0].weight,
         "strength_clip": found.ingredients[0].weight,
     }
+    # As A1111 takes a prompt apart (extra_networks.py), and its number is one for Python.
+    tags = re.findall(r"<(\w+):([^>]+)>", found.a1111)
+    assert [(kind, *tag.split(":")) for kind, tag in tags] == [
+        ("lora", one.name, text(one.weight)) for one in found.ingredients
+    ]
+    assert found.unsaid == []
+    odd = replace(found, ingredients=(replace(found.ingredients[0], path="/l/a:b.safetensors"),))
+    assert odd.unsaid == ["a:b"]
     # The printed weight is the one that was measured.
     assert all(float(text(one.weight)) == one.weight for one in found.ingredients)
 

@@ -68,9 +68,9 @@ def test_models_that_share_nothing_are_not_compared(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "_NAMES", 50)
     real = module._tile
 
-    def counted(known, layouts, left, right):  # type: ignore[no-untyped-def]
+    def counted(known, layouts, left, right, holders):  # type: ignore[no-untyped-def]
         tiles.append((set(left.layouts.tolist()), set(right.layouts.tolist())))
-        return real(known, layouts, left, right)
+        return real(known, layouts, left, right, holders)
 
     monkeypatch.setattr(module, "_tile", counted)
     assert pairs(known, layouts) == {frozenset((4, 10)), frozenset((7, 13))}

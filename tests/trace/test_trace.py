@@ -72,7 +72,7 @@ def test_eight_parents_down_to_a_tenth(collection: Path, loras: list[Modules]) -
         found = index.trace(str(collection / "m.safetensors"))
     # merge.safetensors holds two of them in another ratio.
     told = {Path(p.path).stem: p.weight for p in found.parents}
-    assert found.complete and found.limit is None
+    assert found.complete and found.limit is not None and found.limit < 0.05
     assert told == {f"p{k:02}": pytest.approx(w, rel=0.02) for k, w in enumerate(weights)}
     assert sum(p.explained or 0 for p in found.parents) == pytest.approx(1.0, abs=0.02)
 
@@ -142,6 +142,23 @@ def test_the_rows(collection: Path) -> None:
     assert "explained" in done.stderr
     paths = run(collection, "merge", "-0").stdout.split("\0")
     assert names([p for p in paths if p]) == ["p00", "p01"]
+
+
+def test_an_estimate_is_called_one(collection: Path, loras: list[Modules]) -> None:
+    """A resize has cut a merge of which one parent is missing: nothing can be proved."""
+    alien = trained(SHAPES, 8, seed=99)
+    merged = concatenated([loras[3], alien], [0.9, 0.4], torch.float16)
+    write(collection / "cut.safetensors", resized([merged], [1.0], 6, torch.float16))
+    done = run(collection, str(collection / "cut.safetensors"), "--exit-code")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cut.safetensors: no parent found." in done.stderr
+    assert "Not proved, an estimate: " in done.stderr
+    assert "p03.safetensors would explain" in done.stderr
+    (told,) = json.loads(run(collection, str(collection / "cut.safetensors"), "--json").stdout)
+    assert told["parents"] == [] and not told["complete"]
+    (likely,) = told["likely"]
+    assert names([likely["path"]]) == ["p03"]
+    assert likely["weight"] == pytest.approx(0.9, rel=0.15) and likely["explained"] > 0.3
 
 
 def test_no_parent_found(collection: Path) -> None:
