@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lorafind.files.place import beside, state
 from lorafind.files.scan import Found, ScanReport, join, probe, scan
 from lorafind.index import engines
 from lorafind.index import shard as shards
@@ -137,11 +138,11 @@ def _reconfigured(decisions: Decisions, found: list[Found]) -> None:
 
 def _config_time(row: Known) -> int:
     """mtime (ns) of the configuration that belongs to a file, 0 for none."""
-    folder, name = os.path.split(join(row.root, row.path))
-    if not name.startswith(b"adapter_model."):
+    path = join(row.root, row.path)
+    if not os.path.basename(path).startswith(b"adapter_model."):
         return 0
     try:
-        return os.stat(os.path.join(folder, b"adapter_config.json")).st_mtime_ns
+        return state(beside(path, "adapter_config.json")).st_mtime_ns
     except OSError:
         return 0
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from lorafind.bases.problem import BasisProblem
 from lorafind.bases.stored import by_group, current, embed, members
+from lorafind.files.place import state
 from lorafind.formats.read import open_adapter
 from lorafind.index.classes import kinds
 from lorafind.index.opening import snapshot
@@ -275,7 +276,7 @@ def _candidate(store: Store, goal: Goal, lora: int, score: float) -> _Candidate 
 
 
 def _opened(one: _Candidate) -> Term:
-    facts = os.stat(one.path)
+    facts = state(one.path)
     if (facts.st_size, facts.st_mtime_ns) != one.stat:
         raise IndexProblem(f"{one.path} was changed since it was indexed: run `lorafind index`.")
     # It was read before, so that its owner has allowed it.

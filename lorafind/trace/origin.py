@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafind.files.outcome import NotAnAdapter
+from lorafind.files.place import absolute, state
 from lorafind.index.classes import comparable, series_of
 from lorafind.index.problem import IndexProblem
 from lorafind.index.progress import Progress, Silent
@@ -110,7 +111,7 @@ def trace(
     from lorafind.formats.read import open_adapter
     from lorafind.search.query import examine_file
 
-    path = os.path.abspath(os.path.expanduser(target)) if hit is None else hit.path
+    path = absolute(target) if hit is None else hit.path
     lora = examine_file(path, allow_pickle)
     known = store.find_lora(lora.content)
     if known is not None:
@@ -174,7 +175,7 @@ def _open(store: Store, lora: int) -> Adapter | None:
     if place is None:
         return None
     try:
-        facts = os.stat(place[0])
+        facts = state(place[0])
         if (facts.st_size, facts.st_mtime_ns) != place[1:]:
             return None
         # It was read before, so that its owner has allowed it.

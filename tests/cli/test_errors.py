@@ -10,8 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 import typer
+from packaging.requirements import Requirement
 from typer.testing import CliRunner, Result
 
 from lorafind import __version__
