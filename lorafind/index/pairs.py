@@ -42,15 +42,17 @@ class Work:
 
 def waiting_pairs(store: Store, ids: np.ndarray) -> Iterator[Work]:
     """Pairs of a series that wait for their proof and whose files are there."""
-    known = set(ids.tolist()) if len(ids) else set()
-    for x, y, guess in store.conn.execute(
+    rows = store.conn.execute(
         "SELECT x, y, json_extract(numbers, '$.estimate') FROM relations "
         "WHERE version = ? AND grade = ? "
         "AND EXISTS (SELECT 1 FROM files WHERE lora = x AND presence = 'here') "
         "AND EXISTS (SELECT 1 FROM files WHERE lora = y AND presence = 'here') ORDER BY x, y",
         (RELATION_VERSION, LIKELY),
-    ).fetchall():
-        if x in known and y in known:
+    ).fetchall()
+    both = np.array([row[:2] for row in rows], np.int64).reshape(-1, 2)
+    ours = np.asarray(np.isin(both, ids).all(1))
+    for (x, y, guess), wanted in zip(rows, ours.tolist(), strict=True):
+        if wanted:
             yield Work(x, y, guess)
 
 

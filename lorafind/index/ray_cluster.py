@@ -57,12 +57,15 @@ def _join(address: str) -> None:
         with _without_stderr():
             ray.init(address, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if address == "auto":
+            raise IndexProblem(
+                "No Ray cluster runs on this machine: start one with `ray start --head`, or leave "
+                "out --ray-address."
+            ) from error
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = (
-            "No Ray cluster can be started here"
-            if address == "local"
-            else (f"The Ray cluster {address} cannot be joined")
-        )
+        what = "No Ray cluster can be started here"
+        if address != "local":
+            what = f"The Ray cluster {address} cannot be joined"
         raise IndexProblem(f"{what}: {said}") from error
     import ray.data
 

@@ -101,7 +101,8 @@ def _scan(
     lacking: list[tuple[np.ndarray, np.ndarray]] = []
     model = set(basis.spaces["model"].groups) if "model" in basis.spaces else set()
     for block, rows, made in blocks:
-        groups = rows["groups"]
+        # Rows are wide: one pass over them, not one for every question.
+        groups = np.ascontiguousarray(rows["groups"])
         mixed = groups.min() != groups.max()
         for bits in np.unique(groups).tolist() if mixed else [int(groups[0])]:
             have = set(group_bits.names(bits))
