@@ -65,9 +65,8 @@ def left(mark: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_keeps_what_it_has_and_leaves_no_process(
     collection: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
