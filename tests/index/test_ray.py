@@ -166,6 +166,7 @@ def test_workers_that_die_are_replaced(
     same(found, one)
 
 
+@pytest.mark.slow
 def test_a_file_that_ends_its_worker_every_time_is_told_from_its_neighbours(
     nodes: None, collection: Path, local: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -218,6 +219,7 @@ def test_a_file_that_a_node_does_not_see_is_not_lost(
         assert "no longer there, on the node that was to read it" in reason
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_it_has_and_goes_on(
     nodes: None,
     collection: Path,
@@ -241,6 +243,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(
     assert ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_a_node_with_another_lorafind_is_told(
     nodes: None, collection: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

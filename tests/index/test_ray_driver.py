@@ -100,6 +100,7 @@ def test_a_run_that_is_ended_keeps_what_it_has_and_leaves_no_process(
         same(found, dump(index.store))
 
 
+@pytest.mark.slow
 def test_a_whole_run_says_what_a_local_one_says(tmp_path: Path) -> None:
     make(tmp_path / "demo")
     run = subprocess.run(
