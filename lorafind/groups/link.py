@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,8 @@ def link(groups: Iterable[Group], folder: str | os.PathLike[str]) -> Linked:
     several = len({group.architecture for group in found}) > 1
     width = len(str(max((group.number for group in found), default=0)))
     made = Linked()
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    work = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
+    work.mkdir()
     try:
         (work / MARK).write_text(_SAID, "utf-8")
         listed: dict[str, set[str]] = {}
@@ -74,8 +75,6 @@ def link(groups: Iterable[Group], folder: str | os.PathLike[str]) -> Linked:
                     continue
                 made.beside += place.add(os.path.abspath(path))
                 made.links += 1
-        # mkdtemp keeps others out.
-        work.chmod(0o777 & ~_umask())
         if made_before and _links(work) == _links(target):
             made.same = True
             shutil.rmtree(work)
@@ -178,9 +177,3 @@ class _Place:
                 f"No link can be made in {self.folder.parent.parent} ({error}): name a folder on a "
                 "file system that has links (on Windows: with Developer Mode on)."
             ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -38,7 +38,20 @@ from lorafind.relations.candidates import RELATION_VERSION
 from lorafind.relations.grades import Relation
 from lorafind.signatures.constants import SIGNATURE_VERSION
 
-__all__ = ["CROWD", "LIKELY", "Families", "identities", "mark_of", "place_of", "relate", "to_row"]
+if TYPE_CHECKING:
+    from lorafind.formats.adapter import Adapter
+
+__all__ = [
+    "CROWD",
+    "LIKELY",
+    "Families",
+    "identities",
+    "mark_of",
+    "open_as_read",
+    "place_of",
+    "relate",
+    "to_row",
+]
 
 #: Seconds that the comparison of all pairs may take, by an estimate, without being asked for.
 PATIENCE = 300.0
@@ -347,28 +360,33 @@ def place_of(store: Store, lora: int) -> tuple[str, int, int] | None:
     return (os.fsdecode(join(row[0], row[1])), row[2], row[3]) if row else None
 
 
-def _prove(item: Work, places: dict[int, tuple[str, int, int] | None]) -> rows.Relation:
+def open_as_read(place: tuple[str, int, int] | None) -> Adapter | None:
+    """The adapter in a place of :func:`place_of`; None if out of reach or changed since then."""
     from lorafind.formats.read import open_adapter
+
+    if place is None:
+        return None
+    try:
+        facts = state(place[0])
+        if (facts.st_size, facts.st_mtime_ns) != place[1:]:
+            return None
+        # It was read before, so that its owner has allowed it.
+        return open_adapter(place[0], allow_pickle=True)
+    except (OSError, NotAnAdapter):
+        return None
+
+
+def _prove(item: Work, places: dict[int, tuple[str, int, int] | None]) -> rows.Relation:
     from lorafind.relations.verify import prove
 
     waiting = rows.Relation(
         item.x, item.y, RELATION_VERSION, LIKELY, numbers={"estimate": round(item.guess, 4)}
     )
-    adapters = []
-    for number in (item.x, item.y):
-        place = places[number]
-        try:
-            if place is None:
-                return waiting
-            facts = state(place[0])
-            if (facts.st_size, facts.st_mtime_ns) != place[1:]:
-                return waiting
-            # It was read before, so that its owner has allowed it.
-            adapters.append(open_adapter(place[0], allow_pickle=True))
-        except (OSError, NotAnAdapter):
-            return waiting
+    x, y = open_as_read(places[item.x]), open_as_read(places[item.y])
+    if x is None or y is None:
+        return waiting
     try:
-        return to_row(item.x, item.y, prove(adapters[0], adapters[1]))
+        return to_row(item.x, item.y, prove(x, y))
     except (OSError, NotAnAdapter):
         return waiting
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorafind.files.outcome import NotAnAdapter
-from lorafind.files.place import state
 from lorafind.index.classes import series_of
-from lorafind.index.relate import LIKELY, identities, mark_of, place_of
+from lorafind.index.relate import LIKELY, identities, mark_of, open_as_read, place_of
 from lorafind.index.store import Store
 from lorafind.relations.candidates import RELATION_VERSION, candidates, estimate
 from lorafind.relations.grades import GRADES, Relation
@@ -98,28 +97,15 @@ def of_file(store: Store, path: str, lora: Lora, allow_pickle: bool = False) -> 
     mine = open_adapter(path, allow_pickle)
     found = []
     for number, (other, guess) in enumerate(guesses):
-        place = _unchanged(store, other) if number < PROVED else None
-        if place is None:
+        theirs = open_as_read(place_of(store, other)) if number < PROVED else None
+        if theirs is None:
             found.append(Relative(other, None, guess))
             continue
         try:
-            # It was read before, so that its owner has allowed it.
-            relation = prove(mine, open_adapter(place, allow_pickle=True))
+            relation = prove(mine, theirs)
         except (OSError, NotAnAdapter):
             found.append(Relative(other, None, guess))
             continue
         if relation is not None:
             found.append(Relative(other, relation))
     return found
-
-
-def _unchanged(store: Store, lora: int) -> str | None:
-    """A path that holds a LoRA as it was read, None where none is in reach."""
-    place = place_of(store, lora)
-    if place is None:
-        return None
-    try:
-        facts = state(place[0])
-    except OSError:
-        return None
-    return place[0] if (facts.st_size, facts.st_mtime_ns) == place[1:] else None

@@ -12,7 +12,7 @@ import numpy as np
 from lorafind.bases.basis import OWN, Basis
 from lorafind.bases.problem import BasisProblem
 from lorafind.bases.stored import current
-from lorafind.index.classes import kinds, series_of
+from lorafind.index.classes import kinds
 from lorafind.index.opening import snapshot
 from lorafind.index.problem import IndexProblem
 from lorafind.index.store import Store
@@ -227,14 +227,10 @@ def _relations(store: Store, asked: Asked) -> dict[int, str]:
 
 def _likely(store: Store, asked: Asked) -> dict[int, str]:
     """Candidates for a relation of a LoRA that is not in the index."""
-    from lorafind.index.pairs import Alone, relatives
+    from lorafind.search.likely import likely
 
-    lora = asked.lora
-    assert lora is not None and lora.identity is not None
-    assert lora.modules is not None and lora.norms is not None
-    alone = Alone(lora.identity, [m.name for m in lora.modules], lora.norms)
-    found = relatives(store, series_of(lora.architecture), alone)
-    return {number: f"~likely {guess:.2f}" for number, guess in found}
+    assert asked.lora is not None
+    return {k: f"~likely {guess:.2f}" for k, guess in likely(store, asked.lora).items()}
 
 
 def _significance(scored: Scored, kin: set[int]) -> tuple[np.ndarray, dict[int, int]]:

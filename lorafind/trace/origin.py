@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorafind.files.outcome import NotAnAdapter
-from lorafind.files.place import absolute, state
+from lorafind.files.place import absolute
 from lorafind.index.classes import comparable, series_of
 from lorafind.index.problem import IndexProblem
 from lorafind.index.progress import Progress, Silent
-from lorafind.index.relate import place_of
+from lorafind.index.relate import open_as_read, place_of
 from lorafind.index.store import Store
 from lorafind.search.relatives import Relative, of_file, of_indexed
 from lorafind.search.targets import cards, find
@@ -169,19 +169,7 @@ def _identity(store: Store, key: str, lora: int) -> np.ndarray:
 
 def _open(store: Store, lora: int) -> Adapter | None:
     """The adapter of an indexed LoRA, None where no file holds it as it was read."""
-    from lorafind.formats.read import open_adapter
-
-    place = place_of(store, lora)
-    if place is None:
-        return None
-    try:
-        facts = state(place[0])
-        if (facts.st_size, facts.st_mtime_ns) != place[1:]:
-            return None
-        # It was read before, so that its owner has allowed it.
-        return open_adapter(place[0], allow_pickle=True)
-    except (OSError, NotAnAdapter):
-        return None
+    return open_as_read(place_of(store, lora))
 
 
 def _path(store: Store, lora: int) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from lorafind.files.scan import join
-from lorafind.index.classes import series_of
 from lorafind.index.store import Store
+from tests.index.same import cosines, loras
 
 
 def content(db: Path) -> dict[str, Any]:
@@ -28,24 +28,6 @@ def content(db: Path) -> dict[str, Any]:
                 "JOIN roots r ON r.id = f.root"
             )
         }
-        columns = [
-            row[1]
-            for row in conn.execute("PRAGMA table_info(loras)")
-            if row[1] not in ("id", "layout")
-        ]
-        loras = {}
-        for number, layout, *values in conn.execute(
-            f"SELECT id, layout, {', '.join(columns)} FROM loras"
-        ):
-            facts = dict(zip(columns, values, strict=True))
-            identity = store.chunks.get("identity", series_of(facts["architecture"]), number)
-            assert identity is not None, "a LoRA without a sketch"
-            signature = conn.execute(
-                "SELECT version, groups, scales, votes, style FROM signatures WHERE lora = ?",
-                (number,),
-            ).fetchone()
-            assert signature is not None, "a LoRA without a signature"
-            loras[names[number]] = (facts, store.layout(layout), identity.tobytes(), signature)
         relations = {
             frozenset((names[x], names[y])): (grade, round(abs(json.loads(numbers)["cosine"]), 6))
             for x, y, grade, numbers in conn.execute(
@@ -57,26 +39,14 @@ def content(db: Path) -> dict[str, Any]:
             families.setdefault(family, set()).add(names[lora])
         return {
             "files": files,
-            "loras": loras,
+            "loras": loras(store, of_file=True),
             "relations": relations,
             "families": sorted(map(sorted, families.values())),
             "bases": {
-                architecture: _cosines(store, basis, names)
+                architecture: cosines(store, basis, names)
                 for basis, architecture in conn.execute("SELECT id, architecture FROM bases")
             },
         }
-
-
-def _cosines(store: Store, basis: str, names: dict[int, str]) -> tuple[list[str], np.ndarray]:
-    """Contents in order, and the products of their embeddings (signs of axes are free)."""
-    found = {
-        names[int(lora)]: np.array(row["vector"])
-        for block, rows in store.chunks.scan("embedding", basis)
-        for lora, row in zip(block, rows, strict=True)
-    }
-    order = sorted(found)
-    vectors = np.array([found[name] for name in order])
-    return order, vectors @ vectors.T
 
 
 def same(one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -87,6 +57,6 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> None:
             assert value == two[table][key], (table, key)
     assert one["families"] == two["families"]
     assert one["bases"].keys() == two["bases"].keys()
-    for architecture, (order, cosines) in one["bases"].items():
+    for architecture, (order, products) in one["bases"].items():
         assert order == two["bases"][architecture][0]
-        np.testing.assert_allclose(cosines, two["bases"][architecture][1], atol=0.02)
+        np.testing.assert_allclose(products, two["bases"][architecture][1], atol=0.02)

@@ -50,7 +50,7 @@ def dump(store: Store) -> dict[str, Any]:
                 "FROM files f JOIN roots r ON r.id = f.root"
             )
         },
-        "loras": _loras(store),
+        "loras": loras(store),
         "relations": {
             (min(a, b), max(a, b)): (
                 grade,
@@ -64,7 +64,7 @@ def dump(store: Store) -> dict[str, Any]:
         "checked": {(min(a, b), max(a, b)) for a, b, *_ in pairs},
         "families": sorted(map(sorted, families.values())),
         "bases": {
-            architecture: _cosines(store, basis, names)
+            architecture: cosines(store, basis, names)
             for basis, architecture in conn.execute("SELECT id, architecture FROM bases")
         },
     }
@@ -90,7 +90,9 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> None:
             np.testing.assert_allclose(products, two["bases"][architecture][1], atol=BASIS_ATOL)
 
 
-def _loras(store: Store) -> dict[str, Any]:
+def loras(store: Store, of_file: bool = False) -> dict[str, Any]:
+    """Content → columns, layout, identity record and signature; of_file: also what tells of one of
+    several files."""
     conn = store.conn
     columns = [row[1] for row in conn.execute("PRAGMA table_info(loras)")]
     copies = Counter(
@@ -101,7 +103,7 @@ def _loras(store: Store) -> dict[str, Any]:
     for row in conn.execute(f"SELECT {', '.join(columns)} FROM loras"):
         facts = dict(zip(columns, row, strict=True))
         number, layout = facts.pop("id"), facts.pop("layout")
-        if copies[facts["content"]] > 1:
+        if copies[facts["content"]] > 1 and not of_file:
             for name in OF_FILE:
                 del facts[name]
         identity = store.chunks.get("identity", series_of(facts["architecture"]), number)
@@ -115,8 +117,8 @@ def _loras(store: Store) -> dict[str, Any]:
     return found
 
 
-def _cosines(store: Store, basis: str, names: dict[int, str]) -> tuple[list[str], np.ndarray]:
-    """Contents in order, and the products of their embeddings."""
+def cosines(store: Store, basis: str, names: dict[int, str]) -> tuple[list[str], np.ndarray]:
+    """Contents in order, and the products of their embeddings (signs of axes are free)."""
     found = {
         names[int(lora)]: np.array(row["vector"])
         for block, rows in store.chunks.scan("embedding", basis)
